@@ -1,0 +1,43 @@
+# Every target sets itself up on a fresh machine with Python and pip alone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help setup demo test bench docs clean
+
+help:
+	@echo "make demo   train a digits classifier with crossent, beside PyTorch's loss"
+	@echo "make test   everything that CI runs: lint, types, tests, doctests, notebooks"
+	@echo "make bench  time the loss beside PyTorch's"
+	@echo "make docs   write the generated pages again (docs/numerics.md, notebooks)"
+	@echo "make setup  the virtual environment that the others use"
+
+setup: $(READY)
+
+# No build isolation: an isolated build would download a torch of its own.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch setuptools wheel
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/digits.py
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+bench: setup
+	$(BIN)/python benchmarks/loss.py
+
+docs: setup
+	$(BIN)/python scripts/numerics.py
+	$(BIN)/python scripts/run_notebooks.py
+
+clean:
+	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,56 @@
+"""crossent: cross-entropy from activations to loss to gradient: exact, fused, lean, explained.
+
+>>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
+>>> loss = crossent.cross_entropy(logits, torch.tensor([0, 1]))
+>>> loss.backward()
+>>> print(logits.grad)  # (softmax - one-hot) / N
+tensor([[-0.0596,  0.0596],
+        [ 0.1345, -0.1345]])
+"""
+
+from .backends import BackendError, Choice
+from .calculus import (
+    gradient,
+    hessian,
+    likelihood,
+    log_likelihood,
+    log_softmax,
+    softmax,
+    softmax_jacobian,
+)
+from .functional import backend_for, cross_entropy, entropy, log_prob
+from .modules import CrossEntropyLoss
+from .patching import patch
+from .rows import Stats
+from .steps import Steps, steps
+from .warn import ClassAxisWarning, CrossentWarning, DoubleSoftmaxWarning
+
+__version__ = "0.1.0"
+
+#: Set to False to silence the warning about logits that are probabilities already.
+warn_double_softmax = True
+
+__all__ = [
+    "BackendError",
+    "Choice",
+    "ClassAxisWarning",
+    "CrossEntropyLoss",
+    "CrossentWarning",
+    "DoubleSoftmaxWarning",
+    "Stats",
+    "Steps",
+    "backend_for",
+    "cross_entropy",
+    "entropy",
+    "gradient",
+    "hessian",
+    "likelihood",
+    "log_likelihood",
+    "log_prob",
+    "log_softmax",
+    "patch",
+    "softmax",
+    "softmax_jacobian",
+    "steps",
+    "warn_double_softmax",
+]

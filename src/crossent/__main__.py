@@ -1,0 +1,5 @@
+"""``python -m crossent``."""
+
+from .cli import main
+
+main(prog_name="crossent")

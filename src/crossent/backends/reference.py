@@ -1,0 +1,137 @@
+"""The reference: the loss in plain torch, on any device, differentiable any number of times.
+
+It is the oracle that every other backend is held against, and what serves where they cannot. Read
+it from the top: logits go into :func:`rows`, one loss for each row comes out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import RowSummary, expected_nll, nll, row_entropy, summarise, times
+from ..rows import Rows, Stats
+
+if TYPE_CHECKING:
+    from ..problem import Logits, Problem, Selection
+
+
+def rows(problem: Problem) -> Rows:
+    """The loss of each row, its mass, and statistics where they are asked for."""
+    options, dtype, counted = problem.options, problem.logits.dtype, problem.counted()
+    z = map_logits(problem.logits, read=counted if problem.may_ignore else None)
+    row = summarise(z)
+    weight = None if problem.weight is None else problem.weight.to(dtype)
+    if problem.by_index:
+        target = problem.target.masked_fill(~counted, 0)
+        if not problem.in_range:
+            target = target.clamp(0, z.shape[-1] - 1)
+        plain = nll(z, row, target)
+        loss, mass = _index_loss(z, row, target, plain, weight, options.label_smoothing)
+    else:
+        target = problem.target.to(dtype)
+        plain = expected_nll(z, row, target)
+        loss = _probability_loss(z, row, target, plain, weight, options.label_smoothing)
+        mass = torch.ones_like(plain)
+
+    if options.z_loss:
+        loss = loss + options.z_loss * row.lse.square()
+    if problem.sample_weight is not None:
+        sample_weight = problem.sample_weight.to(dtype)
+        loss, mass = times(sample_weight, loss), mass * sample_weight
+    if not problem.in_range:  # nan stands for the IndexError that could not be raised
+        loss = loss.masked_fill(counted & (problem.target != target), torch.nan)
+    if problem.by_index:
+        loss, mass = torch.where(counted, loss, 0.0), torch.where(counted, mass, 0.0)
+    stats = _statistics(z, row, target, plain, counted) if options.return_stats else None
+    return Rows(loss, mass, stats)
+
+
+def log_prob(selection: Selection) -> Tensor:
+    """log softmax at the selected classes (*rows, K); 0 where nothing is wanted."""
+    index = selection.index
+    wanted = index != selection.options.ignore_index
+    safe = index.masked_fill(~wanted, 0).clamp(0, selection.logits.rows.shape[-1] - 1)
+    z = map_logits(selection.logits, read=wanted.any(-1))
+    values = -nll(z, summarise(z), safe)
+    if not selection.in_range:
+        values = values.masked_fill(safe != index, torch.nan)
+    return values.masked_fill(~wanted, 0.0)
+
+
+def entropy(logits: Logits) -> Tensor:
+    """The entropy of the softmax of each row."""
+    z = map_logits(logits)
+    return row_entropy(z, summarise(z))
+
+
+def map_logits(logits: Logits, read: Tensor | None = None) -> Tensor:
+    """The logits that are scored: in the computing dtype, scaled, then capped.
+
+    Rows where ``read`` is False become zeros first: whatever they hold reaches neither the loss
+    nor the derivatives of the maps.
+    """
+    options = logits.options
+    z = logits.rows.to(logits.dtype)
+    if read is not None:
+        z = torch.where(read.unsqueeze(-1), z, 0.0)
+    scale = options.logit_scale
+    if isinstance(scale, Tensor):
+        z = z * scale.to(z).reshape(())
+    elif scale != 1.0:
+        z = z * scale
+    if options.softcap is not None:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    return z
+
+
+def _index_loss(
+    z: Tensor, row: RowSummary, target: Tensor, plain: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(1 - eps) w_t (-log p_t) + eps sum_c u_c w_c (-log p_c), and the row's mass w_t."""
+    if weight is None:
+        loss, mass = plain, torch.ones_like(plain)
+    else:
+        mass = weight[target]
+        loss = times(mass, plain)
+    if eps:
+        smooth = expected_nll(z, row, _weighted(_uniform(z), weight))
+        loss = (1 - eps) * loss + eps * smooth if eps < 1 else smooth
+    return loss, mass
+
+
+def _probability_loss(
+    z: Tensor, row: RowSummary, y: Tensor, plain: Tensor, weight: Tensor | None, eps: float
+) -> Tensor:
+    """sum_c w_c q_c (-log p_c), with q the smoothed target."""
+    if eps == 0 and weight is None:
+        return plain
+    q = (1 - eps) * y + eps * _uniform(z) if eps else y
+    return expected_nll(z, row, _weighted(q, weight))
+
+
+def _weighted(q: Tensor, weight: Tensor | None) -> Tensor:
+    return q if weight is None else q * weight
+
+
+def _uniform(z: Tensor) -> Tensor:
+    """The uniform distribution over the classes that are not masked with -inf."""
+    unmasked = ~z.detach().isneginf()
+    return unmasked / unmasked.sum(-1, keepdim=True).clamp(min=1).to(z.dtype)
+
+
+@torch.no_grad()
+def _statistics(
+    z: Tensor, row: RowSummary, target: Tensor, plain: Tensor, counted: Tensor
+) -> Stats:
+    label = target.argmax(-1) if target.is_floating_point() else target
+    return Stats(
+        lse=torch.where(counted, row.lse.detach(), 0.0),
+        target_log_prob=torch.where(counted, -plain.detach(), 0.0),
+        entropy=torch.where(counted, row_entropy(z.detach(), row).detach(), 0.0),
+        argmax=torch.where(counted, row.top, -1),
+        correct=(row.top == label) & counted,
+        counted=counted,
+    )

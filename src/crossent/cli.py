@@ -1,0 +1,117 @@
+"""The command line: ``crossent note`` and ``crossent check``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from .testing import Errors, RowLoss
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="crossent")
+def main() -> None:
+    """Cross-entropy from activations to loss to gradient."""
+
+
+@main.command()
+def note() -> None:
+    """Print the note's example, step by step, beside PyTorch's value for each step."""
+    from .note import note as example
+    from .steps_view import as_table, number
+
+    steps = example()
+    console = _console()
+    console.print(as_table(steps, beside_torch=True))
+    console.print("losses", *map(number, steps.nll.tolist()), highlight=False)
+    console.print("mean  ", number(float(steps.mean)), highlight=False)
+
+
+@main.command()
+@click.option(
+    "--largest",
+    default=4097,
+    show_default=True,
+    help="Largest number of classes V. The contract goes up to 262144; the oracle is slow there.",
+)
+def check(largest: int) -> None:
+    """Compare this machine's results with the oracle: worst errors by backend and dtype.
+
+    Exits with 1 if a backend breaks its contract.
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from .testing import NO_ERRORS, budget, hard_rows, measure
+
+    table = _error_table()
+    console, progress = _console(), Console(stderr=True)
+    broken = False
+    for name, dtype, loss, binding in _losses():
+        worst = NO_ERRORS
+        cases = list(hard_rows(dtype, largest))
+        label = f"{name} {str(dtype).removeprefix('torch.')}"
+        for case in track(cases, label, console=progress, transient=True):
+            worst = worst.worst(measure(loss, case))
+        kept = worst.within(budget(dtype))
+        broken |= binding and not kept
+        _add(table, name, dtype, worst, "kept" if kept else "broken")
+    console.print(table)
+    console.print(f"torch {torch.__version__}; contract: 4 ulp, 1e-6, target's entry uncancelled")
+    if broken:
+        raise SystemExit(1)
+
+
+def _losses() -> Iterator[tuple[str, torch.dtype, RowLoss, bool]]:
+    """Every backend in every dtype, then PyTorch for comparison (its errors bind nobody)."""
+    import functools
+
+    import torch
+    import torch.nn.functional as F
+
+    from .functional import cross_entropy
+
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    for dtype in dtypes:
+        exact = torch.promote_types(dtype, torch.float32)
+        reference = functools.partial(
+            cross_entropy, reduction="none", return_dtype=exact, backend="reference"
+        )
+        yield "reference", dtype, reference, True
+    for dtype in dtypes:
+        yield "PyTorch", dtype, functools.partial(F.cross_entropy, reduction="none"), False
+
+
+def _console() -> Console:
+    """The terminal; where there is none, as wide as tables need."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _error_table() -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="worst errors against mpmath on the hard rows", box=box.SIMPLE_HEAD)
+    for heading in ("backend", "dtype"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("loss, ulp", "loss", "gradient", "target's", "row sum"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("contract")
+    return table
+
+
+def _add(table: Table, name: str, dtype: torch.dtype, errors: Errors, verdict: str) -> None:
+    cells = [f"{errors.loss_ulp:.3g}", *(f"{e:.1e}" for e in errors[1:])]
+    table.add_row(name, str(dtype).removeprefix("torch."), *cells, verdict)

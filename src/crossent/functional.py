@@ -1,0 +1,330 @@
+"""The public functions: logits go in, loss comes out.
+
+problem = pose(...)          checked once, flattened to rows as a view
+rows    = backends.rows      one loss for each row
+reduce(...)                  none, sum, mean
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import backends
+from .backends import Choice
+from .options import Backend, Empty, Options, Reduction
+from .problem import pose, pose_logits, pose_selection
+from .reduction import reduce
+from .rows import Stats
+from .warn import warn_if_probabilities
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Unpack
+
+    from .options import LossArguments
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = ...,
+    **arguments: Unpack[LossArguments],
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **arguments: Unpack[LossArguments],
+) -> tuple[Tensor, Stats]: ...
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    dim: int | None = None,
+    sample_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    shift: int = 0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    empty: Empty = "nan",
+    return_dtype: torch.dtype | None = None,
+    return_stats: bool = False,
+    reuse_input: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Stats]:
+    r"""Cross-entropy between logits and targets, as :func:`torch.nn.functional.cross_entropy`.
+
+    For a row of logits :math:`z` with target class :math:`t`, in nats,
+
+    .. math:: \ell = -\log \frac{e^{z_t}}{\sum_c e^{z_c}}
+        = (m - z_t) + \log(1 + \sum_{c \ne k} e^{z_c - m}),
+        \qquad \frac{\partial \ell}{\partial z_c} = p_c - [c = t],
+
+    where :math:`m = z_k` is the largest logit. For probability targets :math:`y` it is
+    :math:`-\sum_c w_c y_c \log p_c`. The maximum is left out of the sum, so that confident rows
+    keep their digits: a gap of 20 costs 2.06e-9, not 0.
+
+    With torch's arguments the result has torch's value, shape and dtype. Derivatives of any order,
+    forward mode, ``torch.func``, ``torch.compile`` and autocast work as for torch's own functions.
+
+    Args:
+        input: logits (V,), (N, V) or (N, V, d1, ...), floating point. float16 and bfloat16 are
+            computed in float32. -inf masks a class.
+        target: class indices of any integer dtype, the shape of input without the class axis; or
+            class probabilities, floating point, the shape of input.
+        weight: one factor a class (V,), any floating dtype.
+        ignore_index: rows with this target cost nothing, have a gradient of exactly zero, and may
+            hold inf or nan. For class indices only.
+        reduction: "none", "sum" or "mean". The mean divides by sum(sample_weight * weight[target])
+            over the counted rows for class indices, by sum(sample_weight) for probabilities.
+        label_smoothing: epsilon in [0, 1]; the target becomes (1 - epsilon) y + epsilon / V, spread
+            over the classes that are not masked with -inf.
+        dim: class axis; None is torch's rule (axis 1, or 0 when unbatched).
+        sample_weight: one factor a row, the shape of index targets.
+        denominator: a number or 0-d tensor that divides the sum of the rows; reduction is then
+            ignored. Under gradient accumulation: the number of items in the whole batch.
+        shift: row i is scored against target i + shift (with that target's sample weight), on
+            logits (..., T, V) with ``dim=-1``; the last ``shift`` rows have no target. What
+            ``input[..., :-1, :]`` with ``target[..., 1:]`` gives, without the copy.
+        z_loss: adds z_loss * lse**2 to each counted row; not scaled by the class weights (PaLM).
+        softcap: the logits become softcap * tanh(logits / softcap), after the scale (Gemma 2).
+        logit_scale: the logits are multiplied by this number or 0-d tensor first (1 / temperature).
+        empty: the mean over nothing at all: "nan" as torch, "zero", or "raise" a ValueError. The
+            gradient is zero.
+        return_dtype: dtype of the loss; None is torch's rule (that of input; under autocast
+            float32). torch.float32 keeps the loss of half-precision logits exact.
+        return_stats: return ``(loss, Stats)``; see :class:`crossent.Stats`.
+        reuse_input: allow backward to write the gradient into the memory of input.
+        backend: "auto", or the name of a backend that must serve.
+
+    Returns:
+        The loss: 0-d, or for ``reduction="none"`` the shape of index targets.
+
+    Raises:
+        IndexError: a target is out of range; names row, value and valid range. Where values cannot
+            be looked at (torch.compile, vmap), the loss of such a row is nan.
+        ValueError, TypeError: an argument of the wrong shape, range or dtype.
+        BackendError: the backend asked for cannot serve.
+
+    Example:
+        >>> logits = torch.tensor([[-1.6453, 1.8893], [1.9800, 1.7681]])
+        >>> target = torch.tensor([0, 1])
+        >>> crossent.cross_entropy(logits, target, reduction="none")
+        tensor([3.5633, 0.8047])
+        >>> crossent.cross_entropy(torch.tensor([[20.0, 0.0]]), torch.tensor([0]))
+        tensor(2.0612e-09)
+
+    References:
+        Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions",
+        IMA J. Numer. Anal. 41 (2021). Chowdhery et al., "PaLM" (2022), section 5, for z_loss.
+    """
+    options = Options(
+        ignore_index,
+        reduction,
+        label_smoothing,
+        dim,
+        shift,
+        z_loss,
+        softcap,
+        logit_scale,
+        empty,
+        return_dtype,
+        return_stats,
+        reuse_input,
+        backend,
+    )
+    tensors = (input, target, weight, sample_weight)
+    if has_torch_function_variadic(*tensors):
+        return _ask_loss_override(tensors, denominator, options)
+    problem = pose(input, target, weight, sample_weight, denominator, options)
+    warn_if_probabilities(problem.logits.rows)
+    rows = backends.rows(problem)
+    loss = reduce(rows.loss, rows.mass, reduction, denominator, empty).to(
+        problem.logits.result_dtype
+    )
+    if loss.dim():  # reduction "none": one loss for each position again
+        loss = _lengthen(loss, problem.cut, 0.0)
+    if rows.stats is None:
+        return loss
+    blank = (0, 0, 0, -1, False, False)
+    stats = (_lengthen(s, problem.cut, b) for s, b in zip(rows.stats, blank, strict=True))
+    return loss, Stats(*stats)
+
+
+def log_prob(
+    input: Tensor,
+    index: Tensor,
+    *,
+    dim: int = -1,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    return_dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Log-probability of the class at ``index``: log-softmax, selected, with its gradient.
+
+    .. math:: \log p_t = z_t - \log \sum_c e^{z_c}
+
+    in nats: ``log_softmax(input).gather(index)``, without the N x V result and without the
+    cancellation near 0.
+
+    Args:
+        input: logits, floating point, classes on axis ``dim``.
+        index: integers, the shape of input without the class axis; or K indices for each row, the
+            shape of input with K in the place of the class axis.
+        dim: class axis.
+        ignore_index: an index that stands for no class: its log-probability is 0, its gradient 0.
+        softcap, logit_scale, return_dtype, backend: as for :func:`crossent.cross_entropy`.
+
+    Returns:
+        Log-probabilities, never above 0, in the shape of ``index`` and the dtype of ``input``.
+
+    Raises:
+        IndexError: an index is out of range (nan where values cannot be looked at).
+        ValueError, TypeError: an argument of the wrong shape, range or dtype.
+
+    Example:
+        >>> logits = torch.tensor([[20.0, 0.0], [0.0, 1.0]])
+        >>> crossent.log_prob(logits, torch.tensor([0, 0]))
+        tensor([-2.0612e-09, -1.3133e+00])
+    """
+    options = Options(
+        ignore_index=ignore_index,
+        dim=dim,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_dtype=return_dtype,
+        backend=backend,
+    )
+    if has_torch_function_variadic(input, index):
+        return _ask_override(log_prob, (input, index), options)
+    selection = pose_selection(input, index, options)
+    values = backends.log_prob(selection).to(selection.logits.result_dtype)
+    return values.squeeze(-1) if selection.single else values.movedim(-1, dim)
+
+
+def entropy(
+    input: Tensor,
+    *,
+    dim: int = -1,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    return_dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Entropy of the softmax of each row, with its gradient.
+
+    .. math:: H = -\sum_c p_c \log p_c
+
+    in nats, from 0 (one class holds all probability) to log V (flat), with 0 log 0 = 0.
+
+    Args:
+        input: logits, floating point, classes on axis ``dim``; -inf masks a class.
+        dim: class axis.
+        softcap, logit_scale, return_dtype, backend: as for :func:`crossent.cross_entropy`.
+
+    Returns:
+        Entropies in the shape of input without the class axis and the dtype of ``input``.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument of the wrong shape, range or dtype.
+
+    Example:
+        >>> crossent.entropy(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]))
+        tensor([0.6931, 0.0000])
+
+    References:
+        Shannon, "A mathematical theory of communication" (1948).
+    """
+    options = Options(
+        dim=dim,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_dtype=return_dtype,
+        backend=backend,
+    )
+    if has_torch_function_variadic(input):
+        return _ask_override(entropy, (input,), options)
+    logits = pose_logits(input, options)
+    return backends.entropy(logits).to(logits.result_dtype)
+
+
+def backend_for(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_stats: bool = False,
+    **arguments: Unpack[LossArguments],
+) -> Choice:
+    """Which backend :func:`cross_entropy` would take for these arguments, and why.
+
+    Args:
+        input, target, weight, return_stats, arguments: those of the call in question.
+
+    Returns:
+        ``Choice(name, reason)``.
+
+    Raises:
+        BackendError: the backend asked for cannot serve.
+
+    Example:
+        >>> crossent.backend_for(torch.zeros(2, 3), torch.tensor([0, 1]), backend="reference")
+        Choice(name='reference', reason='asked for by name')
+    """
+    sample_weight = arguments.pop("sample_weight", None)
+    denominator = arguments.pop("denominator", None)
+    options = Options(return_stats=return_stats, **cast("dict[str, Any]", arguments))
+    return backends.choose(pose(input, target, weight, sample_weight, denominator, options))
+
+
+def _ask_override(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], options: Options
+) -> Tensor:
+    """Let a tensor subclass see the public call, as torch's own functions do."""
+    accepted = inspect.signature(function).parameters
+    keywords = {k: v for k, v in options._asdict().items() if k in accepted}
+    return handle_torch_function(function, tensors, *tensors, **keywords)
+
+
+def _ask_loss_override(
+    tensors: tuple[Tensor | None, ...], denominator: float | Tensor | None, options: Options
+) -> Tensor | tuple[Tensor, Stats]:
+    input, target, weight, sample_weight = tensors
+    keywords = dict(options._asdict(), sample_weight=sample_weight, denominator=denominator)
+    function: Callable[..., Any] = _flat_cross_entropy if options.return_stats else cross_entropy
+    result: Any = handle_torch_function(function, tensors, input, target, weight, **keywords)
+    return (result[0], Stats(*result[1:])) if options.return_stats else result
+
+
+def _flat_cross_entropy(*tensors: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+    """Loss and stats as one plain tuple: subclasses rebuild tuples from an iterable."""
+    loss, stats = cross_entropy(*tensors, **keywords)
+    return (loss, *stats)
+
+
+def _lengthen(rows: Tensor, cut: int, fill: float) -> Tensor:
+    """Rows with the ``cut`` positions that have no target put back at the end."""
+    if not cut:
+        return rows
+    return torch.cat([rows, rows.new_full((*rows.shape[:-1], cut), fill)], -1)

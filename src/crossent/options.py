@@ -1,0 +1,110 @@
+"""Options: everything about a loss that is not a tensor of the batch, as one frozen value."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "sum", "mean"]
+Empty = Literal["nan", "zero", "raise"]
+Backend = Literal["auto", "reference", "cpu", "triton"]
+
+REDUCTIONS = ("none", "sum", "mean")
+EMPTIES = ("nan", "zero", "raise")
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+class Options(NamedTuple):
+    """The options of :func:`crossent.cross_entropy`, under the names they have there."""
+
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    dim: int | None = None
+    shift: int = 0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float | Tensor = 1.0
+    empty: str = "nan"
+    return_dtype: torch.dtype | None = None
+    return_stats: bool = False
+    reuse_input: bool = False
+    backend: str = "auto"
+
+    def checked(self) -> Options:
+        """These options, once each of them is known to make sense."""
+        _check_choice("reduction", self.reduction, REDUCTIONS)
+        _check_choice("empty", self.empty, EMPTIES)
+        _check_choice("backend", self.backend, BACKENDS)
+        _check_integer("ignore_index", self.ignore_index)
+        _check_integer("shift", self.shift)
+        if self.dim is not None:
+            _check_integer("dim", self.dim)
+        if self.shift < 0:
+            raise ValueError(f"shift: expected 0 or more positions, got {self.shift}")
+        _check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
+        _check_number("z_loss", self.z_loss, 0.0)
+        if self.softcap is not None:
+            _check_number("softcap", self.softcap, 0.0)
+            if self.softcap == 0:
+                raise ValueError("softcap: expected a number above 0, got 0; None turns it off")
+        check_scalar("logit_scale", self.logit_scale)
+        if self.return_dtype is not None and not self.return_dtype.is_floating_point:
+            raise TypeError(
+                f"return_dtype: expected a floating-point dtype, got {self.return_dtype}"
+            )
+        return self
+
+
+class LossArguments(TypedDict, total=False):
+    """The keyword arguments of :func:`crossent.cross_entropy` but for return_stats, for types."""
+
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    dim: int | None
+    sample_weight: Tensor | None
+    denominator: float | Tensor | None
+    shift: int
+    z_loss: float
+    softcap: float | None
+    logit_scale: float | Tensor
+    empty: Empty
+    return_dtype: torch.dtype | None
+    reuse_input: bool
+    backend: Backend
+
+
+def check_scalar(name: str, value: float | Tensor, low: float = -math.inf) -> None:
+    """Raise unless ``value`` is a finite number from ``low`` up, or a tensor of one element."""
+    if not isinstance(value, Tensor):
+        _check_number(name, value, low)
+    elif value.numel() != 1:
+        raise ValueError(
+            f"{name}: expected a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}"
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+
+
+def _check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not (
+        isinstance(value, (float, int)) or hasattr(value, "__float__")
+    ):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    if not (low <= value <= high) or value in (math.inf, -math.inf):  # type: ignore[operator]
+        bounds = "a finite number" if low == -math.inf else f"a finite number of at least {low:g}"
+        if high != math.inf:
+            bounds = f"a number from {low:g} to {high:g}"
+        raise ValueError(f"{name}: expected {bounds}, got {value!r}")

@@ -1,0 +1,159 @@
+"""Problem: one batch, checked once, in the one shape that backends know.
+
+Every rank of input becomes rows of logits with the class axis last: a view, never a copy. What
+comes out of :func:`pose` is sound: shapes, dtypes, devices and target values have been checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .options import Options, check_scalar
+from .readable import readable
+from .targets import (
+    check_index,
+    check_logits,
+    check_range,
+    check_target,
+    check_tensor,
+    class_axis,
+)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Rows of logits, classes on the last axis: a view of the input."""
+
+    rows: Tensor  # (*rows, V)
+    dtype: torch.dtype  # float32 or float64: what rows are computed in
+    result_dtype: torch.dtype  # what the caller gets back
+    options: Options
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows of logits and what they are scored against.
+
+    ``rows`` stands for the leading shape: that of index targets, less the positions that ``shift``
+    leaves without a target.
+    """
+
+    logits: Logits
+    target: Tensor  # int64 (*rows), or probabilities (*rows, V)
+    by_index: bool  # which of the two the target is
+    weight: Tensor | None  # (V,), the class weights
+    sample_weight: Tensor | None  # (*rows)
+    may_ignore: bool  # False where it is known that no row is ignored
+    in_range: bool  # True where every counted target is known to be a class
+    cut: int  # how many positions shift left without a target
+
+    @property
+    def options(self) -> Options:
+        """The options of the call."""
+        return self.logits.options
+
+    def counted(self) -> Tensor:
+        """True for each row that has a target."""
+        if self.by_index:
+            return self.target != self.options.ignore_index
+        rows = self.logits.rows
+        return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of logits and the K classes of each whose log-probability is wanted."""
+
+    logits: Logits
+    index: Tensor  # int64 (*rows, K), ignore_index where nothing is wanted
+    single: bool  # the caller gave one index a row, without an axis for K
+    in_range: bool
+
+    @property
+    def options(self) -> Options:
+        """The options of the call."""
+        return self.logits.options
+
+
+def pose(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+) -> Problem:
+    """Check the arguments of a loss and put them into rows."""
+    options.checked()
+    check_logits(input)
+    axis = class_axis(input, options.dim)
+    target, by_index = check_target(input, target, axis, options)
+    rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
+    if weight is not None:
+        check_tensor("weight", weight, input, (input.shape[axis],), "one factor a class")
+    if sample_weight is not None:
+        check_tensor("sample_weight", sample_weight, input, rows_shape, "one factor a row")
+    if denominator is not None:
+        check_scalar("denominator", denominator, low=0.0)
+
+    rows = input.movedim(axis, -1)
+    target = target if by_index else target.movedim(axis, -1)
+    cut = min(options.shift, rows.shape[-2]) if options.shift else 0
+    if cut:
+        position, left = axis - 1, rows.shape[-2] - cut
+        rows, target = rows.narrow(position, 0, left), target.narrow(position, cut, left)
+        if sample_weight is not None:
+            sample_weight = sample_weight.narrow(position, cut, left)
+    may_ignore, in_range = by_index, not by_index
+    if by_index:
+        target = target.to(torch.int64)
+        if readable(target):
+            may_ignore = bool((target == options.ignore_index).any())
+            check_range("target", target, rows.shape[-1], options.ignore_index, options.shift)
+            in_range = True
+    factors = () if by_index else (target,) if weight is None else (target, weight)
+    logits = _logits(input, rows, options, *factors)
+    return Problem(logits, target, by_index, weight, sample_weight, may_ignore, in_range, cut)
+
+
+def pose_logits(input: Tensor, options: Options) -> Logits:
+    """Check logits that have no target and put them into rows."""
+    options.checked()
+    check_logits(input)
+    axis = class_axis(input, options.dim)
+    return _logits(input, input.movedim(axis, -1), options)
+
+
+def pose_selection(input: Tensor, index: Tensor, options: Options) -> Selection:
+    """Check the arguments of a selective log-softmax and put them into rows."""
+    logits = pose_logits(input, options)
+    axis = class_axis(input, options.dim)
+    check_index(input, index, axis)
+    single = index.dim() < input.dim()
+    index = index.to(torch.int64)
+    in_range = readable(index)
+    if in_range:
+        check_range("index", index, input.shape[axis], options.ignore_index)
+    return Selection(
+        logits, index.unsqueeze(-1) if single else index.movedim(axis, -1), single, in_range
+    )
+
+
+def _logits(input: Tensor, rows: Tensor, options: Options, *factors: Tensor) -> Logits:
+    """Rows with their dtypes, by torch's rule.
+
+    The result has the dtype of the input, float32 for halves under autocast; torch multiplies
+    probability targets and their weights in, and the widest dtype wins. Computed is in float64
+    where anything is, else in float32.
+    """
+    dtype = input.dtype
+    if dtype.itemsize < 4 and torch.is_autocast_enabled(input.device.type):
+        dtype = torch.float32
+    for factor in factors:
+        dtype = torch.promote_types(dtype, factor.dtype)
+    result = options.return_dtype or dtype
+    compute = torch.promote_types(torch.promote_types(dtype, result), torch.float32)
+    return Logits(rows, compute, result, options)

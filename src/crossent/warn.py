@@ -1,0 +1,71 @@
+"""Warnings about losses that compute but are probably not what was meant."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+from torch import Tensor
+
+from .readable import readable
+
+_ROWS = 4  # how many rows are looked at: a warning may not cost a pass over the logits
+_CLASSES = 8  # of these, how many classes are looked at before anything else
+
+
+class CrossentWarning(UserWarning):
+    """A loss that computes but is probably not what was meant."""
+
+
+class DoubleSoftmaxWarning(CrossentWarning):
+    """The logits look like probabilities: a softmax has been applied already."""
+
+
+class ClassAxisWarning(CrossentWarning):
+    """The shapes fit two choices of class axis."""
+
+
+def warn(message: str, category: type[CrossentWarning]) -> None:
+    """Warn at the first frame outside this package; Python's filters decide how often."""
+    if torch.compiler.is_compiling():
+        return
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module == __package__ or module.startswith(f"{__package__}.")
+
+
+def warn_if_probabilities(logits: Tensor) -> None:
+    """Warn where rows of ``logits`` (classes last) are distributions already.
+
+    Silenced by ``crossent.warn_double_softmax = False`` or the warnings filter.
+    """
+    if not getattr(sys.modules[__package__], "warn_double_softmax", True):
+        return
+    if logits.shape[-1] < 2 or logits.numel() == 0 or not readable(logits):
+        return
+    rows = _first_rows(logits.detach())
+    if not all(0.0 <= value <= 1.0 for row in rows[:, :_CLASSES].tolist() for value in row):
+        return
+    rows = rows.float()
+    tolerance = 1e-3 if logits.dtype.itemsize >= 4 else 2e-2
+    if bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < tolerance).all()):
+        warn(
+            "input looks like probabilities (every row looked at is non-negative and sums to one), "
+            "but cross_entropy expects logits and applies the softmax itself; a softmax applied "
+            "twice flattens the loss and its gradient. Pass the activations before the softmax, "
+            "or log-probabilities. To silence: crossent.warn_double_softmax = False",
+            DoubleSoftmaxWarning,
+        )
+
+
+def _first_rows(logits: Tensor) -> Tensor:
+    """Up to ``_ROWS`` rows of (..., V), as a (rows, V) view."""
+    while logits.dim() > 2:
+        logits = logits[0]
+    return logits[:_ROWS] if logits.dim() == 2 else logits.unsqueeze(0)
