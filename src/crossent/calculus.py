@@ -227,8 +227,9 @@ def log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
         ValueError, TypeError: a shape or dtype does not fit.
 
     Example:
-        >>> crossent.log_likelihood(torch.zeros(1000, 2), torch.zeros(1000, dtype=torch.int64))
-        tensor(-693.1472)
+        >>> logits = torch.zeros(1000, 2, dtype=torch.float64)
+        >>> crossent.log_likelihood(logits, torch.zeros(1000, dtype=torch.int64))
+        tensor(-693.1472, dtype=torch.float64)
     """
     return -ordered_sum(_row_losses(logits, target).flatten()).to(logits.dtype)
 

@@ -33,7 +33,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     Example:
         >>> criterion = crossent.CrossEntropyLoss(label_smoothing=0.1, z_loss=1e-4)
         >>> criterion(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0]))
-        tensor(0.3037)
+        tensor(0.3370)
     """
 
     def __init__(
@@ -82,4 +82,4 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         """The options that differ from their defaults."""
         usual = Options._field_defaults
         values = {name: getattr(self, name) for name in _TORCHS} | self.options
-        return ", ".join(f"{k}={v!r}" for k, v in values.items() if v is not usual[k])
+        return ", ".join(f"{k}={v!r}" for k, v in values.items() if repr(v) != repr(usual[k]))

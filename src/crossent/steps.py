@@ -141,15 +141,16 @@ def steps(logits: Tensor, target: Tensor) -> Steps:
         >>> s.softmax
         tensor([[0.0283, 0.9717]])
         >>> s.mean
-        tensor(3.5633)
+        tensor(3.5634)
     """
     if logits.dim() != 2 or target.dim() != 1:
         raise ValueError(
             f"logits, target: expected shapes (N, K) and (N,), got {tuple(logits.shape)} and "
             f"{tuple(target.shape)}"
         )
-    z, target = logits.detach(), target.detach().to(torch.int64)
+    z, target = logits.detach(), target.detach()
     gradient = calculus.gradient(z, target)
+    target = target.to(torch.int64)
     if bool((target < 0).any()):
         raise IndexError("target: expected a class in every row, got negative ones")
     o = calculus.softmax(z)

@@ -1,0 +1,12 @@
+"""What tests share: the backends under test."""
+
+from __future__ import annotations
+
+import pytest
+
+BACKENDS = ("reference",)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param

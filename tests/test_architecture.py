@@ -1,0 +1,159 @@
+"""The house's dependency rules, and what importing costs. Each guard is shown able to fail."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "crossent"
+
+# Which modules of ours a module may import. Lower floors know nothing of higher ones.
+FLOOR = {"options", "readable", "rows", "arithmetic"}
+CHECKS = {"warn", "targets"}
+ALLOWED = {
+    "options": set(),
+    "readable": set(),
+    "rows": set(),
+    "arithmetic": set(),
+    "warn": {"readable"},
+    "targets": {"options", "warn"},
+    "problem": FLOOR | CHECKS,
+    "reduction": {"arithmetic", "readable"},
+    "calculus": FLOOR | {"targets"},
+    "backends": {"backends.reference", "problem", "rows"},
+    "backends.reference": {"arithmetic", "problem", "rows"},
+    "functional": FLOOR | CHECKS | {"problem", "reduction", "backends"},
+    "modules": {"functional", "options"},
+    "patching": {"functional", "options", "reduction"},
+    "steps": {"functional", "calculus", "steps_view"},
+    "steps_view": {"steps"},
+    "note": {"steps"},
+    "testing": set(),
+    "cli": {"functional", "note", "steps_view", "testing"},
+    "__main__": {"cli"},
+    "__init__": {"backends", "calculus", "functional", "modules", "patching", "rows", "steps",
+                 "warn"},
+}  # fmt: skip
+THIRD_PARTY = {
+    "steps_view": {"torch", "rich", "jinja2"},
+    "cli": {"torch", "click", "rich"},
+    "testing": {"torch", "mpmath"},
+}
+TYPES_ONLY = {"typing_extensions"}
+
+
+def imports(text: str, module: str) -> tuple[set[str], set[str]]:
+    """The modules of ours and the third parties that a module's text imports."""
+    package = module.split(".")[:-1]
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            if module == "backends":
+                base = ["backends"] if node.level == 1 else []
+            if node.module:
+                ours.add(".".join([*base, node.module]))
+            else:
+                ours |= {".".join([*base, alias.name]) for alias in node.names}
+    return ours, others - set(sys.stdlib_module_names) - TYPES_ONLY
+
+
+def violations(text: str, module: str) -> set[str]:
+    ours, others = imports(text, module)
+    return (ours - ALLOWED[module]) | (others - THIRD_PARTY.get(module, {"torch"}))
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+        found[name] = path
+    return found
+
+
+def test_every_module_has_a_rule():
+    assert set(modules()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_imports_point_one_way(module):
+    assert violations(modules()[module].read_text(), module) == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "found"),
+    [
+        ("problem", "from .functional import cross_entropy", "functional"),
+        ("problem", "from . import functional", "functional"),
+        ("backends.reference", "from . import cpu", "backends.cpu"),
+        ("backends.reference", "from ..functional import x", "functional"),
+        ("backends", "from ..functional import x", "functional"),
+        ("calculus", "import numpy as np", "numpy"),
+        ("reduction", "from rich.table import Table", "rich"),
+        ("functional", "def f():\n    from .cli import main", "cli"),
+        ("rows", "import crossent.cli", "crossent"),
+    ],
+)
+def test_the_import_rule_can_fail(module, line, found):
+    assert violations(line, module) == {found}
+
+
+def test_allowed_imports_have_no_cycle_but_the_lazy_view():
+    graph = {k: set(v) for k, v in ALLOWED.items()}
+    graph["steps"].discard("steps_view")  # imported when printed, not when imported
+    while graph:
+        leaves = {m for m, needs in graph.items() if not needs & set(graph)}
+        assert leaves, f"a cycle among {sorted(graph)}"
+        graph = {m: needs for m, needs in graph.items() if m not in leaves}
+
+
+def in_fresh_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+HEAVY = "triton matplotlib rich fastai transformers pandas sklearn click jinja2 mpmath".split()
+LOADED = "import sys, torch; before = set(sys.modules); import {extra}; import crossent;" \
+    "print(*{{m.split('.')[0] for m in set(sys.modules) - before}})"  # fmt: skip
+
+
+def test_import_loads_nothing_heavy():
+    loaded = set(in_fresh_process(LOADED.format(extra="sys")).split())
+    assert not loaded & {*HEAVY, "numpy"}
+    assert "crossent" in loaded
+
+
+def test_the_import_guard_can_fail():
+    assert "rich" in in_fresh_process(LOADED.format(extra="rich")).split()
+
+
+def test_works_where_optional_packages_are_missing():
+    code = (
+        "import sys\n"
+        f"for name in {HEAVY}: sys.modules[name] = None\n"
+        "import torch, crossent\n"
+        "x = torch.tensor([[20.0, 0.0]], requires_grad=True)\n"
+        "crossent.cross_entropy(x, torch.tensor([0])).backward()\n"
+        "print(f'{x.grad[0, 0].item():.4e}')"
+    )
+    assert in_fresh_process(code) == "-2.0612e-09"
+
+
+def test_source_files_fit_in_the_head():
+    for path in SOURCE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_library_raises_and_never_asserts():
+    for path in SOURCE.rglob("*.py"):
+        found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+        assert not found, path

@@ -1,0 +1,115 @@
+"""The numeric contract, against mpmath; and the oracle's own tests."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import pytest
+import torch
+import torch.nn.functional as F
+
+import crossent
+from crossent.testing import NO_ERRORS, Errors, budget, hard_rows, measure, truth, ulp
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def exact_rows(backend):
+    def loss(x, t):
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return crossent.cross_entropy(
+            x, t, reduction="none", return_dtype=exact, backend=backend
+        )  # fmt: skip
+
+    return loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_on_hard_rows(dtype, backend):
+    for case in hard_rows(dtype):
+        errors = measure(exact_rows(backend), case)
+        assert errors.within(budget(dtype)), (case.name, errors)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_worst_relative_error_is_at_most_a_millionth(seed, backend):
+    worst = NO_ERRORS
+    for case in hard_rows(torch.float32, largest=1000, seed=seed):
+        worst = worst.worst(measure(exact_rows(backend), case))
+    assert worst.loss <= 1e-6
+    assert worst.target_gradient <= 1e-6
+
+
+def test_contract_at_large_vocabularies(backend):
+    cases = [c for c in hard_rows(torch.float32, largest=2**18) if "V=131072" in c.name]
+    cases += [c for c in hard_rows(torch.float32, largest=2**18) if c.name == "flat, V=262144"]
+    assert len(cases) == 5
+    for case in cases:
+        errors = measure(exact_rows(backend), case)
+        assert errors.within(budget(torch.float32)), (case.name, errors)
+
+
+def test_the_contract_can_be_broken():
+    """PyTorch's float32 loss does not meet it: the measurement sees what it is there to see."""
+    worst = NO_ERRORS
+    for case in hard_rows(torch.float32, largest=50):
+        worst = worst.worst(measure(lambda x, t: F.cross_entropy(x, t, reduction="none"), case))
+    limit = budget(torch.float32)
+    assert worst.loss_ulp > limit.loss_ulp
+    assert worst.loss == 1.0  # nothing left of a tiny loss
+    assert worst.target_gradient == 1.0
+    assert not worst.within(limit)
+
+
+def test_subtraction_error_matters():
+    """Without the part that rounding loses, exp(z - m) is off by several ulp at a gap of 80."""
+    x, t = torch.tensor([[40.1, -39.7]]), torch.tensor([0])
+    expected, _ = truth(x[0], 0)
+    naive = torch.log1p(torch.exp(x[0, 1] - x[0, 0]))
+    off = float(abs(mpmath.mpf(float(naive)) - expected)) / ulp(expected, torch.float32)
+    assert off > 4
+    ours = crossent.cross_entropy(x, t)
+    assert float(abs(mpmath.mpf(float(ours)) - expected)) / ulp(expected, torch.float32) < 2
+
+
+def test_subnormal_losses(backend):
+    x, t = torch.tensor([[100.0, 0.0]]), torch.tensor([0])
+    expected, _ = truth(x[0], 0)
+    ours = float(crossent.cross_entropy(x, t, backend=backend))
+    assert abs(ours - float(expected)) <= 2 * ulp(expected, torch.float32)
+    assert ours > 0
+
+
+def test_huge_finite_logits(backend):
+    x = torch.tensor([[3e38, 1e38, -3e38]])
+    assert crossent.cross_entropy(x, torch.tensor([0]), backend=backend) == 0
+    ours = crossent.cross_entropy(x, torch.tensor([1]), backend=backend)
+    assert float(ours) == pytest.approx(2e38, rel=1e-6)
+
+
+def test_oracle_knows_closed_forms():
+    loss, gradient = truth(torch.zeros(4), 2)
+    assert float(loss) == pytest.approx(math.log(4), rel=1e-15)
+    assert [float(g) for g in gradient] == [0.25, 0.25, -0.75, 0.25]
+    loss, gradient = truth(torch.tensor([20.0, 0.0]), 0)
+    assert float(loss) == math.log1p(math.exp(-20))
+    assert float(mpmath.fsum(gradient)) == 0
+    loss, _ = truth(torch.tensor([0.0, -torch.inf]), 0)
+    assert loss == 0
+
+
+def test_ulp_is_the_spacing_of_floats():
+    for value in (1.0, 1.5, 2.0, 3e-9, 1e38, 2.0**-126, 1e-44):
+        x = torch.tensor(value)
+        spacing = float(torch.nextafter(x, torch.tensor(torch.inf)) - x)
+        assert ulp(mpmath.mpf(float(x)), torch.float32) == spacing
+    for value in (1.0, 0.7, 1e300, 5e-324):
+        assert ulp(mpmath.mpf(value), torch.float64) == math.ulp(value)
+
+
+def test_errors_compare_nan_as_worst():
+    bad = Errors(math.nan, 0.0, 0.0, 0.0, 0.0)
+    assert math.isnan(NO_ERRORS.worst(bad).loss_ulp)
+    assert math.isnan(bad.worst(NO_ERRORS).loss_ulp)
+    assert not bad.within(budget(torch.float32))
