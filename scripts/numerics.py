@@ -39,7 +39,7 @@ at 80 digits, on the logits exactly as they are stored; the rows are those of
 
 | what | limit |
 |---|---|
-| loss of a row | 4 ulp of the computing dtype (float32; float64 for float64 logits), however small |
+| loss of a row | 4 ulp of float32 (float64 for float64 logits), however small the loss |
 | gradient entry with p > 1e-30 | 1e-6 relative |
 | the target's entry, p - 1 | 1e-6 relative, no cancellation |
 | sum of a gradient row | V * 2**-24 * max abs(g) |

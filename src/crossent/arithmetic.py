@@ -60,10 +60,15 @@ def exp_difference(z: Tensor, m: Tensor) -> Tensor:
 
 
 def _subtraction_error(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """``(a - b) - d`` exactly, where ``d`` is the rounded ``a - b``; 0 where it is not finite."""
+    """``(a - b) - d`` exactly, where ``d`` is the rounded ``a - b``; 0 where it is not finite.
+
+    (a - (d - minus_b)) - (b + minus_b) with minus_b = d - a, in place: fresh memory of the size of
+    the logits costs more than the arithmetic.
+    """
     minus_b = d - a
-    err = (a - (d - minus_b)) - (b + minus_b)
-    return err.masked_fill(~err.isfinite(), 0)
+    error = (d - minus_b).neg_().add_(a)
+    error.sub_(minus_b.add_(b))
+    return error.nan_to_num_(0.0, 0.0, 0.0)
 
 
 class RowSummary(NamedTuple):

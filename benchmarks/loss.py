@@ -1,0 +1,212 @@
+"""Time the loss beside PyTorch's: eager, compiled, ours; with the machine's own floor.
+
+python benchmarks/loss.py [--full] [--write]
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+import torch.nn.functional as F
+from harness import Timing, alternate, floors, peak_memory
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import crossent
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+MARK = "<!-- table: benchmarks/loss.py --write -->"
+
+
+class Shape(NamedTuple):
+    """One kind of use: logits of this shape, classes on axis 1."""
+
+    use: str
+    logits: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def label(self) -> str:
+        """Shape and dtype in short."""
+        return f"{' x '.join(map(str, self.logits))} {str(self.dtype).removeprefix('torch.')}"
+
+
+QUICK = (
+    Shape("small call", (32, 10), torch.float32),
+    Shape("digits", (65536, 10), torch.float32),
+    Shape("ImageNet", (4096, 1000), torch.float32),
+    Shape("language model", (256, 50257), torch.float32),
+    Shape("language model", (256, 50257), torch.bfloat16),
+    Shape("segmentation", (2, 21, 128, 128), torch.float32),
+)
+FULL = (
+    Shape("small call", (32, 10), torch.float32),
+    Shape("two classes", (2**20, 2), torch.float32),
+    Shape("digits", (2**20, 10), torch.float32),
+    Shape("CIFAR-100", (2**17, 100), torch.float32),
+    Shape("ImageNet", (65536, 1000), torch.float32),
+    Shape("language model", (1024, 32000), torch.float32),
+    Shape("language model", (1024, 128256), torch.float32),
+    Shape("language model", (512, 262144), torch.float32),
+    Shape("language model", (1024, 128256), torch.bfloat16),
+    Shape("language model", (1024, 128256), torch.float16),
+    Shape("segmentation", (8, 21, 256, 256), torch.float32),
+)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def losses(shape: Shape) -> dict[str, Loss]:
+    """The peers at their best setting, and ours."""
+    return {
+        "eager": F.cross_entropy,
+        "compile": torch.compile(F.cross_entropy, dynamic=False),
+        "ours": crossent.cross_entropy,
+        "ours, reuse": functools.partial(crossent.cross_entropy, reuse_input=True),
+    }
+
+
+def batch(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Logits that need a gradient, and targets."""
+    torch.manual_seed(0)
+    logits = (torch.randn(shape.logits) * 3).to(shape.dtype).requires_grad_()
+    target = torch.randint(0, shape.logits[1], shape.logits[:1] + shape.logits[2:])
+    return logits, target
+
+
+def forward(loss: Loss, logits: Tensor, target: Tensor) -> None:
+    """Evaluation: no gradient wanted."""
+    with torch.no_grad():
+        loss(logits, target)
+
+
+def forward_backward(loss: Loss, logits: Tensor, target: Tensor) -> None:
+    """Training: the gradient is made and dropped, so its memory is fresh each time."""
+    logits.grad = None
+    loss(logits, target).backward()
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    shape: Shape
+    pass_: str
+    timings: dict[str, Timing]
+
+    def cells(self) -> list[str]:
+        """Times of each, ratios to ours, distance from the floor."""
+        t, ours = self.timings, self.timings["ours"].median
+        floor = "one read" if self.pass_ == "forward" else "one copy"
+        return [
+            self.shape.use,
+            self.shape.label,
+            self.pass_,
+            *(str(t[name]) if name in t else "" for name in COLUMNS),
+            f"{t['eager'].median / ours:.2f}",
+            f"{t['compile'].median / ours:.2f}",
+            f"{ours / t[floor].median:.1f}",
+        ]
+
+
+COLUMNS = ("eager", "compile", "ours", "ours, reuse", "one read", "one copy")
+HEADINGS = ("use", "logits", "pass", *COLUMNS, "eager / ours", "compile / ours", "ours / floor")
+
+
+def measure(shape: Shape, seconds: float) -> list[Row]:
+    """Forward, and forward with backward, of one shape."""
+    logits, target = batch(shape)
+    rows = []
+    for name, run in (("forward", forward), ("forward+backward", forward_backward)):
+        chosen = losses(shape)
+        if name == "forward":
+            del chosen["ours, reuse"]
+        candidates = {k: functools.partial(run, f, logits, target) for k, f in chosen.items()}
+        candidates |= floors(shape.logits, shape.dtype)
+        torch._dynamo.reset()
+        rows.append(Row(shape, name, alternate(candidates, seconds)))
+    return rows
+
+
+MEMORY = """
+import crossent, torch.nn.functional as F
+x = torch.randn({shape}).to({dtype}).requires_grad_()
+t = torch.zeros({rows}, dtype=torch.int64)
+{loss}(x[:1].detach().requires_grad_(), t[:1]).backward()
+def step():
+    {loss}(x, t).backward()
+"""
+
+
+def memory(shape: Shape) -> list[str]:
+    """Peak memory of a training step, as multiples of the logits."""
+    size = functools.reduce(int.__mul__, shape.logits) * shape.dtype.itemsize / 2**20
+    cells = [shape.label, f"{size:.0f}"]
+    for loss in ("F.cross_entropy", "crossent.cross_entropy"):
+        code = MEMORY.format(
+            shape=shape.logits, dtype=shape.dtype, rows=shape.logits[:1], loss=loss
+        )
+        cells.append(f"{peak_memory(code) / size:.2f}")
+    return cells
+
+
+@click.command()
+@click.option("--full", is_flag=True, help="Every shape, longer; default: under two minutes.")
+@click.option("--write", is_flag=True, help="Write the tables into docs/performance.md.")
+def main(full: bool, write: bool) -> None:
+    """Time the loss beside PyTorch's."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=220)
+    shapes, seconds = (FULL, 3.0) if full else (QUICK, 0.5)
+    progress = Console(stderr=True)
+    rows = [
+        row
+        for shape in track(shapes, "timing", console=progress, transient=True)
+        for row in measure(shape, seconds)
+    ]
+    largest = [s for s in shapes if len(s.logits) == 2 and s.logits[1] > 50000]
+    peaks = [memory(s) for s in track(largest, "memory", console=progress, transient=True)]
+    times = (
+        "milliseconds: median ± half the interquartile range",
+        HEADINGS,
+        [row.cells() for row in rows],
+    )
+    memories = (
+        "peak memory of a training step beyond the logits, as multiples of them; 1 is the gradient",
+        ("logits", "MiB", "eager", "ours"),
+        peaks,
+    )
+    for title, headings, cells in (times, memories):
+        table = Table(*headings, title=title, box=box.SIMPLE_HEAD)
+        for line in cells:
+            table.add_row(*line)
+        console.print(table)
+    machine = (
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+    )
+    console.print(machine)
+    if write:
+        _write(machine, [times, memories])
+
+
+def _write(machine: str, tables: list[tuple[str, tuple[str, ...], list[list[str]]]]) -> None:
+    """Put the tables into the page between its marks."""
+    text = [MARK, "", machine]
+    for title, headings, cells in tables:
+        lines = [headings, ["---"] * len(headings), *cells]
+        text += ["", f"{title}:", "", *(f"| {' | '.join(line)} |" for line in lines)]
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
+    after = rest.partition(MARK)[2]
+    PAGE.write_text(before + "\n".join([*text, "", MARK]) + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
