@@ -17,7 +17,7 @@ help:
 setup: $(READY)
 
 # No build isolation: an isolated build would download a torch of its own.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools wheel
 	$(INSTALL) --no-build-isolation --editable '.[dev]'

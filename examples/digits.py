@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +75,18 @@ def network(seed: int) -> nn.Module:
         return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small batches gain nothing from threads, and lose much to them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def train(
     name: str, loss: Loss, model: nn.Module, digits: Digits, epochs: Iterable[int], seed: int
 ) -> History:
@@ -161,7 +174,9 @@ def draw_curves(ours: History, torchs: History) -> Figure:
         axes.plot(epochs, mine, color=colour, label=f"{split}, {ours.name}")
         axes.plot(epochs, theirs, marker, color=colour, fillstyle="none", label=f"{split}, PyTorch")
     axes.set(xlabel="epoch", ylabel="mean loss (nats)", yscale="log")
-    axes.set_title(f"largest difference between the curves: {largest_difference(ours, torchs):.1e}")
+    axes.set_title(
+        f"largest difference between the curves: {largest_difference(ours, torchs):.1e} nats"
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     axes.grid(which="both", alpha=0.3)
@@ -221,8 +236,11 @@ def report(console: Console, digits: Digits, ours: History, torchs: History) -> 
         "the two of least loss, the two of most"
     )
     theirs = F.cross_entropy(steps.activations, steps.target, reduction="none")
+    # Adding 0.0 turns the -0 of PyTorch's confident rows into 0.
     for name, losses in ((ours.name, steps.nll), (torchs.name, theirs)):
-        console.print(f"their losses, {name + ':':9}", *(f"{v:.3g}" for v in losses.tolist()))
+        console.print(
+            f"their losses, {name + ':':9}", *(f"{v:.3g}" for v in (losses + 0.0).tolist())
+        )
     console.print()
 
 

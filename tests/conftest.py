@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 @pytest.fixture(params=BACKENDS)

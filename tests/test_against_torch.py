@@ -154,9 +154,9 @@ def test_zero_stride_and_negative_upstream_gradients(backend):
         torch.testing.assert_close(*slopes)
 
 
-def test_meta_tensors_keep_shapes(backend):
+def test_meta_tensors_keep_shapes():
     x, t = torch.empty(3, 5, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
     for reduction in ("none", "mean"):
-        ours = crossent.cross_entropy(x, t, reduction=reduction, backend=backend)
+        ours = crossent.cross_entropy(x, t, reduction=reduction)
         assert ours.shape == F.cross_entropy(x, t, reduction=reduction).shape
         assert ours.device.type == "meta"

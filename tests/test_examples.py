@@ -109,14 +109,16 @@ def test_the_difference_sees_a_difference(digits, runs):
     assert digits.largest_difference(runs[0], other) == pytest.approx(0.5)
 
 
-def test_training_learns_and_leaves_the_first_weights_alone(digits):
+def test_training_learns_and_leaves_everything_else_alone(digits):
     data, model = digits.load(1), digits.network(1)
     before = [p.clone() for p in model.parameters()]
+    threads = torch.get_num_threads()
     state = torch.random.get_rng_state()
     run = digits.train("crossent", crossent.CrossEntropyLoss(), model, data, range(EPOCHS), 1)
     assert run.test_loss[-1] < run.test_loss[0]
     assert all(map(torch.equal, before, model.parameters()))
     assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.get_num_threads() == threads
 
 
 def test_epoch_loss_counts_rows_not_batches(digits):

@@ -6,7 +6,7 @@ comes out of :func:`pose` is sound: shapes, dtypes, devices and target values ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class Problem:
         """The options of the call."""
         return self.logits.options
 
+    def with_logits(self, rows: Tensor) -> Problem:
+        """The same problem about other logits of the same shape."""
+        return replace(self, logits=replace(self.logits, rows=rows))
+
     def counted(self) -> Tensor:
         """True for each row that has a target."""
         if self.by_index:
@@ -76,6 +80,13 @@ class Selection:
     def options(self) -> Options:
         """The options of the call."""
         return self.logits.options
+
+    def as_problem(self) -> Problem | None:
+        """The loss whose rows are minus these log-probabilities; None for several a row."""
+        if self.index.shape[-1] != 1:
+            return None
+        target = self.index.squeeze(-1)
+        return Problem(self.logits, target, True, None, None, True, self.in_range, 0)
 
 
 def pose(

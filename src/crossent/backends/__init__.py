@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import reference
+from . import cpu, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,32 +28,49 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve."""
 
 
-def choose(problem: Problem | Selection | Logits) -> Choice:
-    """Who serves this problem: the backend asked for by name, or the fastest that can."""
+def choose(problem: Problem) -> Choice:
+    """Who serves this problem: the backend asked for by name, or the fastest that can.
+
+    Derivatives that the kernels do not have (torch.func, forward mode, gradients of targets and
+    weights) are handed over to the reference, by whatever name the kernels were asked for.
+    """
     requested = problem.options.backend
     if requested == "reference":
         return Choice("reference", "asked for by name")
-    if requested != "auto":
+    if requested == "triton":
         raise BackendError(
-            f"backend: {requested!r} was asked for by name, but this installation has no "
-            f"{requested!r} kernels; use backend='auto' or backend='reference'"
+            "backend: 'triton' was asked for by name, but this installation has no such kernels; "
+            "use backend='auto' or backend='reference'"
         )
-    return Choice("reference", "the only backend of this installation; it serves every device")
+    obstacle = cpu.cannot(problem)
+    if requested == "cpu" and obstacle:
+        raise BackendError(
+            f"backend: 'cpu' was asked for by name, but {obstacle}; use backend='auto' or "
+            f"backend='reference'"
+        )
+    if obstacle:
+        return Choice("reference", f"it serves every device; not cpu: {obstacle}")
+    transfer = cpu.hands_over(problem)
+    if transfer:
+        return Choice("reference", f"cpu hands over: {transfer}")
+    return Choice("cpu", "asked for by name" if requested == "cpu" else "native kernels")
 
 
 def rows(problem: Problem) -> Rows:
     """One loss for each row of a problem."""
-    choose(problem)
+    if choose(problem).name == "cpu":
+        return cpu.rows(problem, reference.rows)
     return reference.rows(problem)
 
 
 def log_prob(selection: Selection) -> Tensor:
     """The log-probabilities of a selection (*rows, K)."""
-    choose(selection)
+    problem = selection.as_problem()
+    if problem is not None and choose(problem).name == "cpu":
+        return -cpu.rows(problem, reference.rows).loss.unsqueeze(-1)
     return reference.log_prob(selection)
 
 
 def entropy(logits: Logits) -> Tensor:
     """The entropy of each row."""
-    choose(logits)
     return reference.entropy(logits)

@@ -1,0 +1,18 @@
+// The kernels for AVX2 and FMA. Standard headers come first: only ours are compiled for it.
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#pragma GCC target("arch=haswell")
+#define CROSSENT_ISA avx2
+#define CROSSENT_VECTOR_BYTES 32
+#include "kernels.h"
+
+namespace crossent {
+const Kernels kAvx2 = {"avx2", CROSSENT_ISA::forward_rows<float>, CROSSENT_ISA::forward_rows<double>,
+                    CROSSENT_ISA::backward_rows<float>, CROSSENT_ISA::backward_rows<double>};
+}
+
+#endif

@@ -1,0 +1,91 @@
+// What kernels are asked: tensors as pointers and strides, options as numbers. Torch-free, and the
+// same for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#define CROSSENT_INLINE inline __attribute__((always_inline))
+
+namespace crossent {
+
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+CROSSENT_INLINE int item_size(Dtype d) {
+  return d == Dtype::kFloat64 ? 8 : d == Dtype::kFloat32 ? 4 : 2;
+}
+
+// Rows of a strided tensor: where row r begins, for any leading shape.
+struct Layout {
+  static constexpr int kMaxRank = 8;
+  int rank = 0;  // leading axes
+  int64_t size[kMaxRank], stride[kMaxRank];
+
+  CROSSENT_INLINE int64_t operator()(int64_t row) const {
+    int64_t offset = 0;
+    for (int i = rank - 1; i >= 0; --i) {
+      offset += row % size[i] * stride[i];
+      row /= size[i];
+    }
+    return offset;
+  }
+};
+
+struct Tensor2 {  // rows of classes
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t class_stride = 1;
+  Layout rows;
+
+  CROSSENT_INLINE char* at(int64_t row, int64_t c) const {
+    return static_cast<char*>(data) + (rows(row) + c * class_stride) * item_size(dtype);
+  }
+};
+template <class T>
+struct Tensor1 {  // one number a row; null where there is none
+  T* data = nullptr;
+  Layout rows;
+
+  CROSSENT_INLINE T operator()(int64_t row) const { return data[rows(row)]; }
+};
+
+struct Options {
+  int64_t ignore_index = -100;
+  double label_smoothing = 0, z_loss = 0, softcap = 0, logit_scale = 1;  // softcap 0: none
+  bool stats = false;
+};
+
+// What forward hands to backward for each row.
+enum Saved { kMaximum, kRest, kMass, kOpen, kUniformMass, kSaved };
+
+template <class T>
+struct Problem {
+  int64_t classes;
+  Tensor2 logits;
+  Tensor2 probabilities;        // data null: targets are indices
+  Tensor1<const int64_t> index;
+  const T* weight = nullptr;    // class weights
+  Tensor1<const T> sample_weight;
+  Options options;
+  // Outputs of forward, one a row, contiguous; statistics null where not wanted.
+  T *loss, *mass, *saved, *lse, *log_prob, *entropy;
+  int64_t* argmax;
+  // Backward.
+  Tensor1<const T> upstream;
+  Tensor2 gradient;
+
+  CROSSENT_INLINE bool by_index() const { return probabilities.data == nullptr; }
+  CROSSENT_INLINE bool mapped() const { return options.logit_scale != 1 || options.softcap != 0; }
+};
+
+// The kernels, compiled for one instruction set: rows begin to end of a problem.
+struct Kernels {
+  const char* name;
+  void (*forward32)(const Problem<float>&, int64_t begin, int64_t end);
+  void (*forward64)(const Problem<double>&, int64_t begin, int64_t end);
+  void (*backward32)(const Problem<float>&, int64_t begin, int64_t end);
+  void (*backward64)(const Problem<double>&, int64_t begin, int64_t end);
+};
+
+extern const Kernels kPortable, kAvx2, kAvx512;
+
+}  // namespace crossent

@@ -1,0 +1,90 @@
+// Numbers as they are stored: blocks of logits in, blocks of gradients out. Torch-free.
+#pragma once
+
+#include "problem.h"
+#include "vec.h"
+
+namespace crossent::CROSSENT_ISA {
+
+CROSSENT_INLINE float from_bfloat16(uint16_t h) { return bits<float>(uint32_t(h) << 16); }
+CROSSENT_INLINE uint16_t to_bfloat16(float f) {  // nearest, ties to even; nan stays nan
+  const uint32_t u = bits<uint32_t>(f);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return f != f ? uint16_t(0x7fc0) : uint16_t(rounded);
+}
+CROSSENT_INLINE float from_float16(uint16_t h) {  // exact, subnormals, inf and nan included
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
+  const float scaled = bits<float>(uint32_t(h & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return bits<float>(bits<uint32_t>(scaled) | special | sign);
+}
+CROSSENT_INLINE uint16_t to_float16(float f) {  // nearest, ties to even
+  const uint32_t u = bits<uint32_t>(f), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  const uint32_t odd = (a >> 13) & 1u;
+  const uint32_t normal = (a + 0xc8000fffu + odd) >> 13;  // rebias by 2^-112, round
+  const uint32_t small = bits<uint32_t>(bits<float>(a) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = a < 0x38800000u ? small : normal;
+  const uint32_t result = a > 0x7f800000u ? 0x7e00u : a >= 0x47800000u ? 0x7c00u : finite;
+  return uint16_t(result | sign);
+}
+
+// A run of classes: n elements of a stored dtype, `stride` elements apart, into `out`.
+// Returns where they are: `out`, or the source itself where that is as good.
+template <class T>
+CROSSENT_INLINE const T* read(const void* source, Dtype dtype, int64_t stride, int n, T* out) {
+  const auto each = [&](auto* p, auto convert) __attribute__((always_inline)) {
+    if (stride == 1)
+      for (int i = 0; i < n; ++i) out[i] = T(convert(p[i]));
+    else
+      for (int i = 0; i < n; ++i) out[i] = T(convert(p[i * stride]));
+  };
+  const auto same = [](auto x) __attribute__((always_inline)) { return x; };
+  switch (dtype) {
+    case Dtype::kFloat32:
+      if (sizeof(T) == 4 && stride == 1) return static_cast<const T*>(source);
+      each(static_cast<const float*>(source), same);
+      break;
+    case Dtype::kFloat64:
+      if (sizeof(T) == 8 && stride == 1) return static_cast<const T*>(source);
+      each(static_cast<const double*>(source), same);
+      break;
+    case Dtype::kBFloat16:
+      each(static_cast<const uint16_t*>(source),
+           [](uint16_t h) __attribute__((always_inline)) { return from_bfloat16(h); });
+      break;
+    case Dtype::kFloat16:
+      each(static_cast<const uint16_t*>(source),
+           [](uint16_t h) __attribute__((always_inline)) { return from_float16(h); });
+      break;
+  }
+  return out;
+}
+
+// The reverse: n elements of a gradient to where they belong, rounded once.
+template <class T>
+CROSSENT_INLINE void write(void* target, Dtype dtype, int64_t stride, int n, const T* in) {
+  const auto each = [&](auto* p, auto convert) __attribute__((always_inline)) {
+    if (stride == 1)
+      for (int i = 0; i < n; ++i) p[i] = convert(in[i]);
+    else
+      for (int i = 0; i < n; ++i) p[i * stride] = convert(in[i]);
+  };
+  switch (dtype) {
+    case Dtype::kFloat32:
+      each(static_cast<float*>(target), [](T x) __attribute__((always_inline)) { return float(x); });
+      break;
+    case Dtype::kFloat64:
+      each(static_cast<double*>(target), [](T x) __attribute__((always_inline)) { return double(x); });
+      break;
+    case Dtype::kBFloat16:
+      each(static_cast<uint16_t*>(target),
+           [](T x) __attribute__((always_inline)) { return to_bfloat16(float(x)); });
+      break;
+    case Dtype::kFloat16:
+      each(static_cast<uint16_t*>(target),
+           [](T x) __attribute__((always_inline)) { return to_float16(float(x)); });
+      break;
+  }
+}
+
+}  // namespace crossent::CROSSENT_ISA

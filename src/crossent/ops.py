@@ -1,0 +1,92 @@
+"""The operators that kernels implement: schemas, fake kernels, autograd formulas.
+
+``crossent::forward`` goes from rows of logits (*rows, V) to one loss a row, ``crossent::backward``
+to the gradient; ``backward_`` writes it into the logits. Targets are int64 (*rows), or
+probabilities (*rows, V). ``weight`` (V,) and ``sample_weight`` (*rows) have the computing dtype,
+which is float64 if ``wide``, else float32; a softcap of 0 is none. ``saved`` holds, for each row,
+what backward needs: maximum, sum without it, mass of the target, unmasked classes, mass of the
+uniform target.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAVED = 5  # numbers for each row, as in csrc/kernels.h
+
+_OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
+_FACTORS = "Tensor? weight, Tensor? sample_weight"
+
+_library = torch.library.Library("crossent", "DEF")
+_library.define(
+    f"forward(Tensor logits, Tensor target, {_FACTORS}, bool wide, {_OPTIONS}, bool stats)"
+    " -> (Tensor loss, Tensor mass, Tensor saved,"
+    " Tensor lse, Tensor log_prob, Tensor entropy, Tensor argmax)"
+)
+_library.define(
+    f"backward(Tensor upstream, Tensor logits, Tensor target, {_FACTORS}, Tensor saved,"
+    f" {_OPTIONS}) -> Tensor"
+)
+_library.define(
+    f"backward_(Tensor(a!) logits, Tensor upstream, Tensor target, {_FACTORS}, Tensor saved,"
+    f" {_OPTIONS}) -> ()"
+)
+
+
+@torch.library.register_fake("crossent::forward", lib=_library)
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    wide: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    stats = options[-1]
+    dtype = torch.float64 if wide else torch.float32
+    rows = logits.shape[:-1]
+
+    def numbers(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return logits.new_empty(shape, dtype=dtype)
+
+    shown = rows if stats else (0,)
+    return (
+        numbers(*rows),
+        numbers(*rows),
+        numbers(*rows, SAVED),
+        *(numbers(*shown) for _ in range(3)),
+        numbers(*shown, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("crossent::backward", lib=_library)
+def _backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.register_fake("crossent::backward_", lib=_library)
+def _backward_(*_: Any) -> None:
+    return None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, sample_weight, _, *options = inputs
+    ctx.save_for_backward(logits, target, weight, sample_weight, output[2])
+    ctx.options = options[:-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradient = None
+    if upstream is not None:
+        gradient = torch.ops.crossent.backward(upstream, *ctx.saved_tensors, *ctx.options)
+    return (gradient, *[None] * 10)
+
+
+torch.library.register_autograd(
+    "crossent::forward", _differentiate, setup_context=_keep, lib=_library
+)

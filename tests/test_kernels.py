@@ -1,0 +1,224 @@
+"""The native kernels: operators, every instruction set, and the memory they may touch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import crossent
+from crossent.backends import cpu
+from crossent.testing import budget, hard_rows, measure
+
+pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING)
+
+ops = torch.ops.crossent
+PLAIN = (-100, 0.0, 0.0, 0.0, 1.0)
+EVERYTHING = (1, 0.1, 0.01, 5.0, 0.7)
+
+
+def arguments(kind, dtype, options, stats, shape=(6, 9)):
+    x = torch.randn(shape).to(dtype)
+    compute = torch.promote_types(dtype, torch.float32)
+    w, s = torch.rand(shape[-1], dtype=compute), torch.rand(shape[:-1], dtype=compute)
+    t = torch.randint(0, shape[-1], shape[:-1])
+    if kind == "probability":
+        t, options = torch.softmax(torch.randn(shape, dtype=compute), -1), (-100, *options[1:])
+    weights = (w, s) if options[1] else (None, None)
+    return (x, t, *weights, dtype == torch.float64, *options, stats)
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
+def test_opcheck(kind, options, dtype, stats):
+    given = arguments(kind, dtype, options, stats)
+    torch.library.opcheck(ops.forward.default, given)
+    saved = ops.forward(*given)[2]
+    upstream = torch.randn(6, dtype=saved.dtype)
+    rest = (*given[1:4], saved, *given[5:10])
+    torch.library.opcheck(ops.backward.default, (upstream, given[0], *rest))
+    torch.library.opcheck(ops.backward_.default, (given[0].clone(), upstream, *rest))
+
+
+def test_opcheck_with_autograd():
+    given = arguments("index", torch.float32, EVERYTHING, False)
+    torch.library.opcheck(ops.forward.default, (given[0].requires_grad_(), *given[1:]))
+
+
+def test_a_compiler_means_kernels():
+    """This file runs only where there are kernels; where there is a compiler there must be some."""
+    if shutil.which("g++"):
+        assert cpu.MISSING == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_element_is_written(dtype, request, monkeypatch):
+    """Fresh memory full of nan leaves no nan behind, at lengths around the vectors and blocks."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    assert torch.empty(3).isnan().all()
+    for classes in (1, 2, 7, 15, 16, 17, 31, 33, 64, 2047, 2048, 2049, 4100):
+        x = torch.randn(3, classes).to(dtype)
+        t = torch.tensor([0, -100, classes - 1])
+        out = ops.forward(x, t, None, None, False, *PLAIN, True)
+        assert all(o.isfinite().all() for o in out[:-1]), classes
+        memory = x.clone()
+        ops.backward_(memory, torch.ones(3), t, None, None, out[2], *PLAIN)
+        assert torch.equal(memory, ops.backward(torch.ones(3), x, t, None, None, out[2], *PLAIN))
+        assert memory.isfinite().all()
+        assert torch.equal(memory[1], torch.zeros(classes, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_kernels_are_the_reference(kind, dtype):
+    """Long rows, several blocks, every option: the same numbers from both backends."""
+    for classes in (5, 100, 5000):
+        x = torch.randn(4, classes, dtype=dtype) * 4
+        x[:, 3] = -torch.inf
+        t = torch.tensor([0, 1, -100, 4])
+        if kind == "probability":
+            t = torch.softmax(x, 1).flip(0)
+        w = torch.rand(classes, dtype=dtype) + 0.1
+        s = torch.rand(4, dtype=dtype)
+        for options in (
+            {},
+            {"label_smoothing": 0.1},
+            {"z_loss": 0.01, "logit_scale": 0.5},
+            {"weight": w, "sample_weight": s, "label_smoothing": 0.3},
+        ):
+            results = []
+            for backend in ("cpu", "reference"):
+                z = x.clone().requires_grad_()
+                loss, stats = crossent.cross_entropy(
+                    z, t, reduction="none", return_stats=True, backend=backend, **options
+                )
+                (g,) = torch.autograd.grad(loss, z, torch.arange(1.0, 5.0, dtype=dtype))
+                results.append((loss, g, *stats))
+            tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {}
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_other_instruction_sets_keep_the_contract(isa):
+    """The machine's best is what every other test runs; the others are asked for by name."""
+    code = (
+        "import torch, crossent\n"
+        "from crossent.testing import budget, hard_rows, measure\n"
+        "for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n"
+        "    exact = torch.promote_types(dtype, torch.float32)\n"
+        "    def loss(x, t):\n"
+        "        return crossent.cross_entropy(\n"
+        "            x, t, reduction='none', return_dtype=exact, backend='cpu')\n"
+        "    for case in hard_rows(dtype, 100):\n"
+        "        errors = measure(loss, case)\n"
+        "        assert errors.within(budget(dtype)), (case.name, errors)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CROSSENT_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_reuse_input_writes_the_gradient_into_the_logits():
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf, t = torch.randn(4, 3000).to(dtype).requires_grad_(), torch.tensor([0, 1, -100, 2999])
+        logits = leaf * 1
+        before = logits.detach().clone()
+        (expected,) = torch.autograd.grad(crossent.cross_entropy(logits, t), logits)
+        assert torch.equal(logits, before)
+        loss = crossent.cross_entropy(logits, t, reuse_input=True)
+        (got,) = torch.autograd.grad(loss, logits)
+        assert torch.equal(got, expected)
+        assert got.data_ptr() == logits.data_ptr()
+
+
+def test_reuse_input_of_shared_memory_does_not():
+    row, t = torch.randn(1, 7), torch.tensor([0, 1, 2])
+    shared = row.expand(3, 7).requires_grad_()
+    expected = crossent.gradient(row.expand(3, 7), t) / 3
+    (got,) = torch.autograd.grad(crossent.cross_entropy(shared, t, reuse_input=True), shared)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(shared[0], row[0])
+
+
+def test_changed_logits_are_noticed():
+    leaf, t = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    logits = leaf * 1
+    loss = crossent.cross_entropy(logits, t)
+    logits.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_higher_order_goes_through_the_reference():
+    x, t = torch.randn(4, 50, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    (g,) = torch.autograd.grad(crossent.cross_entropy(x, t, backend="cpu"), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.square().sum(), x)
+    (g,) = torch.autograd.grad(F.cross_entropy(x, t), x, create_graph=True)
+    (expected,) = torch.autograd.grad(g.square().sum(), x)
+    torch.testing.assert_close(h, expected)
+
+
+def test_backend_for_tells_what_hands_over():
+    x, t = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    assert crossent.backend_for(x, t) == ("cpu", "native kernels")
+    assert crossent.backend_for(x, t, backend="cpu").name == "cpu"
+    assert "gradient" in crossent.backend_for(x, torch.rand(4, 5).requires_grad_()).reason
+    assert "tensor" in crossent.backend_for(x, t, logit_scale=torch.tensor(2.0)).reason
+    seen = []
+
+    def spy(z):
+        seen.append(crossent.backend_for(z, t))
+        return crossent.cross_entropy(z, t)
+
+    torch.func.grad(spy)(x)
+    assert seen[0].name == "reference"
+    assert "torch.func" in seen[0].reason
+
+
+def test_missing_kernels_are_said(monkeypatch):
+    monkeypatch.setattr(cpu, "MISSING", "its kernels were not built")
+    x, t = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    assert crossent.backend_for(x, t).name == "reference"
+    assert "not built" in crossent.backend_for(x, t).reason
+    with pytest.raises(crossent.BackendError, match="not built"):
+        crossent.cross_entropy(x, t, backend="cpu")
+    assert crossent.cross_entropy(x, t).isfinite()
+
+
+def test_threads_are_torchs():
+    x, t = torch.randn(64, 5000), torch.randint(0, 5000, (64,))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(crossent.cross_entropy(x, t, reduction="none", backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_contract_of_long_rows(dtype):
+    def loss(x, t):
+        return crossent.cross_entropy(x, t, reduction="none", backend="cpu")
+
+    for case in hard_rows(dtype, largest=2**18):
+        if case.name in ("peaked on the target, V=131072", "flat, V=262144"):
+            errors = measure(loss, case)
+            assert errors.within(budget(dtype)), (case.name, errors)
