@@ -28,18 +28,25 @@ CROSSENT_INLINE const T* read_logits(const Problem<T>& p, int64_t row, int64_t c
 }
 
 template <class T>
+CROSSENT_INLINE bool any_nan(const T* z, int n) {
+  bool any = false;
+  for (int i = 0; i < n; ++i) any |= z[i] != z[i];
+  return any;
+}
+
+template <class T>
 CROSSENT_INLINE void forward_block(const Problem<T>& p, int64_t row, int64_t c, int n,
                                    RowState<T>& s) {
   alignas(64) T buffer[kBlock], target[kBlock];
   const T* z = read_logits(p, row, c, n, buffer);
-  const BlockMax<T> top = block_max(z, n);
-  s.nan |= top.nan | (top.max == std::numeric_limits<T>::infinity());
+  const T top = block_max(z, n);
+  if (top == -std::numeric_limits<T>::infinity()) s.nan |= any_nan(z, n);  // else sums see it
+  s.nan |= top == std::numeric_limits<T>::infinity();
   if (s.nan) return;
-  const bool raised = top.max > s.m;
-  if (raised) s.raise(top.max);
+  const bool raised = top > s.m;
+  if (raised) s.raise(top);
   if (s.m != -std::numeric_limits<T>::infinity()) {
-    const BlockSum sum = p.options.stats ? block_sum<T, true>(z, n, s.m)
-                                         : block_sum<T, false>(z, n, s.m);
+    const BlockSum sum = block_sum(z, n, s.m, p.options.stats);
     s.add(sum.below);
     // One of those that equal the maximum is the one that is left out.
     s.add(raised ? sum.ties - 1 : sum.ties);
@@ -86,25 +93,42 @@ CROSSENT_INLINE double times(double factor, double x) {  // 0 * inf = 0
   return factor == 0 && std::isinf(x) ? 0 : factor * x;
 }
 
+// log1p(x) for x >= 0, or nan. In float the error is < 2^-26, without a call: through
+// log(u) = e ln 2 + 2 atanh(f / (2 + f)) for u = 1 + x = 2^e (1 + f), and x - x^2 / 2 where u
+// would lose digits of x.
+CROSSENT_INLINE double log1p_(float, double x) {
+  const double u = 1 + x;
+  const int64_t raw = bits<int64_t>(u), e = (raw - 0x3fe6a09e667f3bcdLL) >> 52;
+  const double f = bits<double>(raw - int64_t(uint64_t(e) << 52)) - 1;
+  const double s = f / (2 + f), q = s * s;
+  double p = 2.0 / 13;
+  p = p * q + 2.0 / 11;
+  p = p * q + 2.0 / 9;
+  p = p * q + 2.0 / 7;
+  p = p * q + 2.0 / 5;
+  p = p * q + 2.0 / 3;
+  const double log = double(e) * 0.69314718055994530942 + (s * 2.0 + s * q * p);
+  return x != x ? x : x < 0x1p-28 ? x - 0.5 * x * x : log;
+}
+CROSSENT_INLINE double log1p_(double, double x) { return std::log1p(x); }
+
 template <class T>
-CROSSENT_INLINE void forward_row(const Problem<T>& p, int64_t row) {
+CROSSENT_INLINE void skip_row(const Problem<T>& p, int64_t row) {
+  for (int k = 0, n = p.saved_count(); k < n; ++k) p.saved[row * n + k] = 0;
+  p.loss[row] = p.mass[row] = 0;
+  if (p.options.stats) p.lse[row] = p.log_prob[row] = p.entropy[row] = 0, p.argmax[row] = -1;
+}
+
+// From what is known of all classes of a row to its outputs.
+template <class T>
+CROSSENT_INLINE void finish_row(const Problem<T>& p, int64_t row, int64_t target, RowState<T> s) {
   const Options& o = p.options;
-  T* saved = p.saved + row * kSaved;
-  const int64_t target = p.by_index() ? p.index(row) : 0;
-  if (p.by_index() && target == o.ignore_index) {
-    for (int k = 0; k < kSaved; ++k) saved[k] = 0;
-    p.loss[row] = p.mass[row] = 0;
-    if (o.stats) p.lse[row] = p.log_prob[row] = p.entropy[row] = 0, p.argmax[row] = -1;
-    return;
-  }
-  RowState<T> s;
-  for (int64_t c = 0; c < p.classes && !s.nan; c += kBlock)
-    forward_block(p, row, c, int(p.classes - c < kBlock ? p.classes - c : kBlock), s);
+  T* saved = p.saved + row * p.saved_count();
   const double nan = std::numeric_limits<double>::quiet_NaN();
   if (s.nan || s.m == -std::numeric_limits<T>::infinity()) s.m = T(nan), s.rest = nan;
 
-  const double log_sum = s.log_sum(), lse = double(s.m) + log_sum;
-  const double eps = o.label_smoothing;
+  const double rest = s.rest + s.rest_low, log_sum = log1p_(T(), rest);
+  const double lse = double(s.m) + log_sum, eps = o.label_smoothing;
   double loss = 0, plain = 0, mass = 1, a_mass;
   if (p.by_index()) {
     // A target outside the classes was reported before, or could not be looked at: nan marks it.
@@ -125,13 +149,24 @@ CROSSENT_INLINE void forward_row(const Problem<T>& p, int64_t row) {
   const double factor = p.sample_weight.data ? double(p.sample_weight(row)) : 1;
   p.loss[row] = T(times(factor, loss));
   p.mass[row] = T(mass * factor);
-  saved[kMaximum] = s.m, saved[kRest] = T(s.rest + s.rest_low);
-  saved[kMass] = T(a_mass), saved[kOpen] = T(s.open), saved[kUniformMass] = T(s.uniform_mass);
+  saved[kMaximum] = s.m, saved[kRest] = T(rest);
+  if (!p.plain())
+    saved[kMass] = T(a_mass), saved[kOpen] = T(s.open), saved[kUniformMass] = T(s.uniform_mass);
   if (o.stats) {
     p.lse[row] = T(lse), p.log_prob[row] = T(-plain);
-    p.entropy[row] = T(log_sum + s.moment / (1 + (s.rest + s.rest_low)));
+    p.entropy[row] = T(log_sum + s.moment / (1 + rest));
     p.argmax[row] = first_at(p, row, s.m);
   }
+}
+
+template <class T>
+CROSSENT_INLINE void forward_row(const Problem<T>& p, int64_t row) {
+  const int64_t target = p.by_index() ? p.index(row) : 0;
+  if (p.by_index() && target == p.options.ignore_index) return skip_row(p, row);
+  RowState<T> s;
+  for (int64_t c = 0; c < p.classes && !s.nan; c += kBlock)
+    forward_block(p, row, c, int(p.classes - c < kBlock ? p.classes - c : kBlock), s);
+  finish_row(p, row, target, s);
 }
 
 // d(scored logit) / d(logit), from the scored logit.
@@ -150,19 +185,21 @@ struct RowGradient {
   T m, inverse, rest_share;  // 1 / (1 + rest), rest / (1 + rest)
   T mass, tilt, up;          // A, 2 z_loss lse, upstream times sample weight
   T uniform, keep;           // eps / open, 1 - eps
+  T uniform_mass;            // sum of the class weights that are open
 };
-template <class T, bool kIndex>
+template <class T, bool kIndex, bool kHuge>
 CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
                                     const RowGradient<T>& g, const Options& o, T* out) {
   constexpr int L = kLanes<T>;
-  const V<T> m = splat(g.m), none = splat(-std::numeric_limits<T>::infinity());
+  const Origin<T> origin(g.m);
+  const V<T> none = splat(-std::numeric_limits<T>::infinity());
   const T coefficient = g.up * (g.mass + g.tilt) * g.inverse;
   const T subtract = g.up * g.uniform;
   const bool smooth = g.uniform != 0, mapped = o.logit_scale != 1 || o.softcap != 0;
   for (int i = 0; i < n; i += L) {
     const int k = n - i < L ? n - i : L;
     const V<T> x = k == L ? load(z + i) : load(z + i, k, -std::numeric_limits<T>::infinity());
-    const V<T> e = exp_difference<T>(x, m);
+    const V<T> e = origin.template exp<kHuge>(x) * Exp<T>::kUnscale;
     V<T> r;
     if (kIndex) {
       r = e * coefficient;
@@ -175,7 +212,7 @@ CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
       if (smooth) a = a * g.keep + (x == none ? V<T>{} : splat(g.uniform));
       if (w) a = a * load(w + i, k, T(0));
       const V<T> p = e * g.inverse;
-      const V<T> others = x == m ? splat(g.rest_share) : T(1) - p;
+      const V<T> others = x == origin.m ? splat(g.rest_share) : T(1) - p;
       r = (((g.mass - a) + g.tilt) * p - a * others) * g.up;
     }
     if (mapped) r = r * map_slope<T>(x, o);
@@ -185,27 +222,54 @@ CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
 }
 
 template <class T>
+CROSSENT_INLINE RowGradient<T> prepare_gradient(const Problem<T>& p, int64_t row, int64_t target) {
+  const Options& o = p.options;
+  const T* saved = p.saved + row * p.saved_count();
+  const double rest = saved[kRest], total = 1 + rest;
+  const double factor = p.sample_weight.data ? double(p.sample_weight(row)) : 1;
+  RowGradient<T> g{};
+  g.m = saved[kMaximum], g.inverse = T(1 / total), g.rest_share = T(rest / total);
+  g.up = T(double(p.upstream(row)) * factor), g.keep = T(1 - o.label_smoothing);
+  if (o.z_loss != 0) g.tilt = T(2 * o.z_loss * (double(g.m) + log1p_(T(), rest)));
+  if (p.plain()) {
+    const bool wrong = target < 0 || target >= p.classes;
+    g.mass = wrong ? std::numeric_limits<T>::quiet_NaN() : p.weight ? p.weight[target] : T(1);
+  } else {
+    g.mass = saved[kMass];
+    if (o.label_smoothing != 0) {
+      g.uniform = T(o.label_smoothing / double(saved[kOpen]));
+      g.uniform_mass = saved[kUniformMass];
+    }
+  }
+  return g;
+}
+
+// The target's entry: minus the share of the others, so that it never cancels to zero.
+template <class T>
+CROSSENT_INLINE T target_entry(const Problem<T>& p, int64_t target, T z, const RowGradient<T>& g) {
+  const double w = p.weight ? double(p.weight[target]) : 1;
+  const double probability =
+      z == g.m ? double(g.inverse) : std::exp(double(z) - double(g.m)) * double(g.inverse);
+  const double others = z == g.m ? double(g.rest_share) : 1 - probability;
+  const double smooth = double(g.uniform) * double(g.uniform_mass) + double(g.tilt);
+  double entry = double(g.up) * (smooth * probability - double(g.keep) * w * others -
+                                 double(g.uniform) * w);
+  if (p.mapped()) entry *= double(map_slope<T>(splat(z), p.options)[0]);
+  return T(entry);
+}
+
+template <class T>
 CROSSENT_INLINE void backward_row(const Problem<T>& p, int64_t row) {
   alignas(64) T buffer[kBlock], target[kBlock], result[kBlock];
-  const Options& o = p.options;
-  const T* saved = p.saved + row * kSaved;
   const int64_t t = p.by_index() ? p.index(row) : -1;
   const Tensor2& out = p.gradient;
   const bool direct = out.class_stride == 1 && item_size(out.dtype) == sizeof(T);
-  const bool ignored = p.by_index() && t == o.ignore_index;
-
-  const double rest = saved[kRest], total = 1 + rest;
-  const double lse = double(saved[kMaximum]) + std::log1p(rest);
-  const double factor = p.sample_weight.data ? double(p.sample_weight(row)) : 1;
-  const double uniform = o.label_smoothing != 0 ? o.label_smoothing / double(saved[kOpen]) : 0;
-  const double keep = 1 - o.label_smoothing, tilt = 2 * o.z_loss * lse;
-  const double up = double(p.upstream(row)) * factor;
-  const RowGradient<T> g{saved[kMaximum], T(1 / total), T(rest / total), saved[kMass], T(tilt),
-                         T(up),           T(uniform),   T(keep)};
-  // The target's entry, before its gradient overwrites the logit (the memory may be the same).
-  double z_t = 0;
+  const bool ignored = p.by_index() && t == p.options.ignore_index;
+  const RowGradient<T> g = prepare_gradient(p, row, ignored ? 0 : t);
+  const bool huge = g.m > Exp<T>::kHuge || g.m < -Exp<T>::kHuge;
+  // Before its gradient overwrites the logit: the memory may be the same.
   const bool has_target = p.by_index() && !ignored && t >= 0 && t < p.classes;
-  if (has_target) z_t = double(scored_logit(p, row, t));
+  const T entry = has_target ? target_entry(p, t, scored_logit(p, row, t), g) : T(0);
 
   for (int64_t c = 0; c < p.classes; c += kBlock) {
     const int n = int(p.classes - c < kBlock ? p.classes - c : kBlock);
@@ -216,32 +280,18 @@ CROSSENT_INLINE void backward_row(const Problem<T>& p, int64_t row) {
       const T* z = read_logits(p, row, c, n, buffer);
       const T* w = p.weight ? p.weight + c : nullptr;
       if (p.by_index()) {
-        gradient_block<T, true>(z, nullptr, w, n, g, o, r);
+        if (huge) gradient_block<T, true, true>(z, nullptr, w, n, g, p.options, r);
+        else gradient_block<T, true, false>(z, nullptr, w, n, g, p.options, r);
       } else {
         const Tensor2& y = p.probabilities;
         const T* a = read(y.at(row, c), y.dtype, y.class_stride, n, target);
-        gradient_block<T, false>(z, a, w, n, g, o, r);
+        if (huge) gradient_block<T, false, true>(z, a, w, n, g, p.options, r);
+        else gradient_block<T, false, false>(z, a, w, n, g, p.options, r);
       }
     }
-    if (has_target && t >= c && t < c + n) {
-      const double e = std::exp(z_t - double(g.m)), w = p.weight ? double(p.weight[t]) : 1;
-      const double others = z_t == double(g.m) ? rest : total - e;
-      const double smooth = uniform * double(saved[kUniformMass]) + tilt;
-      double entry = up * ((smooth * e - keep * w * others) / total - uniform * w);
-      if (p.mapped()) entry *= double(map_slope<T>(splat(T(z_t)), o)[0]);
-      r[t - c] = T(entry);
-    }
+    if (has_target && t >= c && t < c + n) r[t - c] = entry;
     if (!direct) write(out.at(row, c), out.dtype, out.class_stride, n, r);
   }
-}
-
-template <class T>
-void forward_rows(const Problem<T>& p, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) forward_row(p, row);
-}
-template <class T>
-void backward_rows(const Problem<T>& p, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) backward_row(p, row);
 }
 
 }  // namespace crossent::CROSSENT_ISA

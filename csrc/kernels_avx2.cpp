@@ -8,7 +8,7 @@
 #pragma GCC target("arch=haswell")
 #define CROSSENT_ISA avx2
 #define CROSSENT_VECTOR_BYTES 32
-#include "kernels.h"
+#include "lanes.h"
 
 namespace crossent {
 const Kernels kAvx2 = {"avx2", CROSSENT_ISA::forward_rows<float>, CROSSENT_ISA::forward_rows<double>,

@@ -8,7 +8,7 @@
 #pragma GCC target("arch=skylake-avx512,prefer-vector-width=512")
 #define CROSSENT_ISA avx512
 #define CROSSENT_VECTOR_BYTES 64
-#include "kernels.h"
+#include "lanes.h"
 
 namespace crossent {
 const Kernels kAvx512 = {"avx512", CROSSENT_ISA::forward_rows<float>, CROSSENT_ISA::forward_rows<double>,

@@ -2,7 +2,7 @@
 #define CROSSENT_ISA portable
 #define CROSSENT_VECTOR_BYTES 16
 
-#include "kernels.h"
+#include "lanes.h"
 
 namespace crossent {
 const Kernels kPortable = {"portable", CROSSENT_ISA::forward_rows<float>, CROSSENT_ISA::forward_rows<double>,

@@ -134,7 +134,7 @@ template <class T>
 Forward run_forward(const Tensor& logits, crossent::Problem<T> p, ScalarType dtype, bool stats) {
   std::vector<int64_t> shape(logits.sizes().begin(), logits.sizes().end() - 1);
   std::vector<int64_t> several = shape, none = {0};
-  several.push_back(crossent::kSaved);
+  several.push_back(p.saved_count());
   const auto fresh = [&](const std::vector<int64_t>& size, ScalarType type) {
     return torch::stable::new_empty(logits, size, type);
   };

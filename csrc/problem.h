@@ -21,6 +21,7 @@ struct Layout {
   int64_t size[kMaxRank], stride[kMaxRank];
 
   CROSSENT_INLINE int64_t operator()(int64_t row) const {
+    if (rank == 1) return row * stride[0];
     int64_t offset = 0;
     for (int i = rank - 1; i >= 0; --i) {
       offset += row % size[i] * stride[i];
@@ -54,8 +55,8 @@ struct Options {
   bool stats = false;
 };
 
-// What forward hands to backward for each row.
-enum Saved { kMaximum, kRest, kMass, kOpen, kUniformMass, kSaved };
+// What forward hands to backward for each row. Index targets without smoothing need the first two.
+enum Saved { kMaximum, kRest, kPlainSaved, kMass = kPlainSaved, kOpen, kUniformMass, kSaved };
 
 template <class T>
 struct Problem {
@@ -74,6 +75,8 @@ struct Problem {
   Tensor2 gradient;
 
   CROSSENT_INLINE bool by_index() const { return probabilities.data == nullptr; }
+  CROSSENT_INLINE bool plain() const { return by_index() && options.label_smoothing == 0; }
+  CROSSENT_INLINE int saved_count() const { return plain() ? kPlainSaved : kSaved; }
   CROSSENT_INLINE bool mapped() const { return options.logit_scale != 1 || options.softcap != 0; }
 };
 

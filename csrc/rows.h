@@ -16,70 +16,63 @@ namespace crossent::CROSSENT_ISA {
 
 constexpr int kBlock = 2048;
 
-// Largest element of a block, and whether one is nan. n >= 1.
+// Largest element of a block; nan is passed over. n >= 1.
 template <class T>
-struct BlockMax {
-  T max;
-  bool nan;
-};
-template <class T>
-CROSSENT_INLINE BlockMax<T> block_max(const T* z, int n) {
+CROSSENT_INLINE T block_max(const T* z, int n) {
   constexpr int L = kLanes<T>;
   const T lowest = -std::numeric_limits<T>::infinity();
   V<T> m0 = splat(lowest), m1 = m0;
-  I<T> nan = {};
   int i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
     const V<T> a = load(z + i), b = load(z + i + L);
     m0 = a > m0 ? a : m0;
     m1 = b > m1 ? b : m1;
-    nan |= (a != a) | (b != b);
   }
   for (; i < n; i += L) {
     const V<T> a = i + L <= n ? load(z + i) : load(z + i, n - i, lowest);
     m0 = a > m0 ? a : m0;
-    nan |= a != a;
   }
   m0 = m0 > m1 ? m0 : m1;
   T max = m0[0];
-  bool any = nan[0];
-  for (int k = 1; k < L; ++k) {
-    max = m0[k] > max ? m0[k] : max;
-    any |= nan[k] != 0;
-  }
-  return {max, any};
+  for (int k = 1; k < L; ++k) max = m0[k] > max ? m0[k] : max;
+  return max;
 }
 
 // Sum of exp(z - m) over the elements below m, how many equal m, and if kMoment also the sum of
-// exp(z - m) (m - z). m is finite and at least every element; -inf adds nothing. n <= kBlock.
+// exp(z - m) (m - z). m is finite and at least every element; -inf adds nothing; nan makes nan.
 // Error of the sums: 2 ulp of their terms and that of adding at most 64 of them in a lane.
 struct BlockSum {
   double below, ties, moment;
 };
-template <class T, bool kMoment>
+template <class T, bool kMoment, bool kHuge>
 CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T maximum) {
   constexpr int L = kLanes<T>;
   const T lowest = -std::numeric_limits<T>::infinity();
-  const V<T> m = splat(maximum);
+  const Origin<T> origin(maximum);
   V<T> s0 = {}, s1 = {}, u0 = {}, u1 = {};
   I<T> ties = {};
   const auto step = [&](V<T> x, V<T>& s, V<T>& u) __attribute__((always_inline)) {
-    const V<T> e = exp_difference<T>(x, m);
-    const I<T> tie = x == m;
+    const V<T> e = origin.template exp<kHuge>(x);
+    const I<T> tie = x == origin.m;
     ties -= tie;
     const V<T> below = tie ? V<T>{} : e;
     s += below;
-    if (kMoment) u += below > T(0) ? below * (m - x) : V<T>{};
+    if (kMoment) u += below * (origin.m - origin.clamp(x));
   };
   int i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
+    // The next block comes from memory while this one is computed.
+    __builtin_prefetch(z + kBlock + i);
+    if (L * sizeof(T) > 32) __builtin_prefetch(z + kBlock + i + L);
     step(load(z + i), s0, u0);
     step(load(z + i + L), s1, u1);
   }
   for (; i < n; i += L) step(i + L <= n ? load(z + i) : load(z + i, n - i, lowest), s0, u0);
   double count = 0;
   for (int k = 0; k < L; ++k) count += double(ties[k]);
-  return {sum_lanes<T>(s0) + sum_lanes<T>(s1), count, sum_lanes<T>(u0) + sum_lanes<T>(u1)};
+  constexpr double unscale = Exp<T>::kUnscale;
+  return {(sum_lanes<T>(s0) + sum_lanes<T>(s1)) * unscale, count,
+          (sum_lanes<T>(u0) + sum_lanes<T>(u1)) * unscale};
 }
 
 // Sum of a and of a (m - z), where a class with z = -inf and a = 0 adds nothing; and how many
@@ -112,6 +105,13 @@ CROSSENT_INLINE BlockGap block_gap(const T* z, const T* y, const T* w, int n, T 
     open += shut ? V<T>{} : splat(T(1));
   }
   return {sum_lanes<T>(mass), sum_lanes<T>(gap), sum_lanes<T>(open)};
+}
+
+template <class T>
+CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T m, bool moment) {
+  const bool huge = m > Exp<T>::kHuge || m < -Exp<T>::kHuge;
+  if (huge) return block_sum<T, true, true>(z, n, m);
+  return moment ? block_sum<T, true, false>(z, n, m) : block_sum<T, false, false>(z, n, m);
 }
 
 // What is known of the classes of a row that have been seen.

@@ -72,25 +72,52 @@ CROSSENT_INLINE double sum_lanes(V<T> v) {
   return sum;
 }
 
+// exp comes out times kScale, a power of two, so that nothing on the way is subnormal: where the sum of
+// a row is tiny, all of its digits are there. kLow is so far down that exp of it, unscaled, is 0.
 template <class T>
-struct ExpConstants;
+struct Exp;
 template <>
-struct ExpConstants<float> {
-  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr int kBias = 127, kMantissa = 23;
-  static constexpr float kLow = -104.0f;  // exp of it rounds to 0, subnormals included
+struct Exp<float> {
+  static constexpr int kMantissa = 23, kShift = 64;
+  static constexpr float kScale = 0x1p64f, kUnscale = 0x1p-64f;
+  static constexpr float kMagic = 12582912.0f + kShift;  // 1.5 * 2^23: adding it rounds to integers
+  static constexpr float kLow = -130.0f, kHuge = 0x1p20f;
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
 };
 template <>
-struct ExpConstants<double> {
-  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr int kBias = 1023, kMantissa = 52;
-  static constexpr double kLow = -746.0;
+struct Exp<double> {
+  static constexpr int kMantissa = 52, kShift = 256;
+  static constexpr double kScale = 0x1p256, kUnscale = 0x1p-256;
+  static constexpr double kMagic = 6755399441055744.0 + kShift;  // 1.5 * 2^52
+  static constexpr double kLow = -850.0, kHuge = 0x1p50;
   static constexpr double kLn2Hi = 6.93145751953125e-1, kLn2Lo = 1.42860682030941723212e-6;
 };
 
-// exp(r) for |r| <= 0.35. Error < 1 ulp.
-CROSSENT_INLINE V<float> exp_reduced(V<float> r) {
+// p * 2^n, where `shifted` is n + kMagic: its low bits are n + kShift, added to the exponent of p.
+template <class T>
+CROSSENT_INLINE V<T> scale_by(V<T> p, V<T> shifted) {
+  return bits<V<T>>(bits<I<T>>(p) + (bits<I<T>>(shifted) << Exp<T>::kMantissa));
+}
+
+// 2^f for abs(f) <= 0.51. Error < 1 ulp. (Coefficients: Cephes.)
+CROSSENT_INLINE V<float> exp2_reduced(V<float> f) {
+  V<float> p = splat(1.535336188319500e-4f);
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  return p * f + 1.0f;
+}
+// exp(r) for abs(r) <= 0.35. Error < 1 ulp. (Taylor; the next term is 4e-18.)
+CROSSENT_INLINE V<double> exp_reduced(V<double> r) {
+  V<double> p = splat(1.0 / 6227020800.0);
+  constexpr double kFactorials[] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0,
+                                    720.0,       120.0,      24.0,      6.0,      2.0};
+  for (double f : kFactorials) p = p * r + 1.0 / f;
+  return (p * r * r + r) + 1.0;
+}
+CROSSENT_INLINE V<float> exp_reduced(V<float> r) {  // Cephes
   V<float> p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -99,55 +126,75 @@ CROSSENT_INLINE V<float> exp_reduced(V<float> r) {
   p = p * r + 5.0000001201e-1f;
   return (p * r * r + r) + 1.0f;
 }
-CROSSENT_INLINE V<double> exp_reduced(V<double> r) {  // Taylor; the next term is 4e-18
-  V<double> p = splat(1.0 / 6227020800.0);
-  constexpr double kFactorials[] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0,
-                                    720.0,       120.0,      24.0,      6.0,      2.0};
-  for (double f : kFactorials) p = p * r + 1.0 / f;
-  return (p * r * r + r) + 1.0;
-}
 
-// exp(d + err) for kLow <= d <= 0 and |err| < 2^-17: what rounding took from d.
-// Error < 2 ulp, subnormal results included (the power of two is applied in two halves).
+// Where exp(z - m) is measured from: a finite m, prepared once for many z.
+//
+// exp gives kScale exp(z - m) for z <= m: less than any float where z <= m + kLow, nan for nan.
+// Error < 2 ulp however large the gap, where the rounding of z - m alone would cost 32 ulp at a gap of
+// 80: that error is known exactly (Knuth's two-sum) and goes into the reduced argument.
+// With kHuge, for abs(m) > Exp::kHuge, where neighbouring floats are further apart than kLow: 0 or 1.
 template <class T>
-CROSSENT_INLINE V<T> exp_compensated(V<T> d, V<T> err) {
-  using C = ExpConstants<T>;
-  const V<T> shifted = d * T(1.4426950408889634) + C::kMagic;
-  const V<T> n = shifted - C::kMagic;
-  V<T> r = d - n * C::kLn2Hi;
-  r = r - n * C::kLn2Lo;
-  r = r + err;
-  const I<T> k = bits<I<T>>(shifted) - bits<I<T>>(splat(C::kMagic));
-  const I<T> half = k >> 1;
-  const V<T> a = bits<V<T>>((half + C::kBias) << C::kMantissa);
-  const V<T> b = bits<V<T>>((k - half + C::kBias) << C::kMantissa);
-  return exp_reduced(r) * a * b;
-}
+struct TwoSum {
+  V<T> m, low;
 
-// exp(z - m) for z <= m with m finite; 0 for -inf. Error < 2 ulp: the rounding error of the
-// difference (Knuth's two-sum) goes into the reduced argument.
-template <class T>
-CROSSENT_INLINE V<T> exp_difference(V<T> z, V<T> m) {
-  const V<T> low = m + ExpConstants<T>::kLow;
-  const V<T> c = z > low ? z : low;
-  const V<T> d = c - m;
-  const V<T> minus_m = d - c;
-  const V<T> err = (c - (d - minus_m)) - (m + minus_m);
-  const V<T> e = exp_compensated<T>(d, err);
-  return z < low ? V<T>{} : e;
-}
+  CROSSENT_INLINE explicit TwoSum(V<T> at) : m(at), low(at + Exp<T>::kLow) {}
+  CROSSENT_INLINE V<T> clamp(V<T> z) const { return z < low ? low : z; }
 
-// exp(x) for x <= 0; used where x itself is exact.
+  template <bool kHuge>
+  CROSSENT_INLINE V<T> exp(V<T> z) const {
+    using C = Exp<T>;
+    if (kHuge) return z == m ? splat(C::kScale) : (z == z ? V<T>{} : z);
+    const V<T> c = clamp(z), d = c - m, minus_m = d - c;
+    const V<T> error = (c - (d - minus_m)) - (m + minus_m);
+    const V<T> shifted = d * T(1.44269504088896340736) + C::kMagic;
+    const V<T> n = shifted - C::kMagic;
+    return scale_by<T>(exp_reduced(((d - n * C::kLn2Hi) - n * C::kLn2Lo) + error), shifted);
+  }
+};
+
 template <class T>
-CROSSENT_INLINE V<T> exp_nonpositive(V<T> x) {
-  const V<T> low = splat(ExpConstants<T>::kLow);
-  return exp_compensated<T>(x > low ? x : low, V<T>{});
-}
+struct Origin : TwoSum<T> {
+  CROSSENT_INLINE explicit Origin(T at) : TwoSum<T>(splat(at)) {}
+};
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+// The same with a third fewer operations where products are added unrounded: z - m is never formed.
+// With n = round((z - m) log2(e)) and m log2(e) = hi + lo, where hi is a multiple of a power of two so
+// coarse that n + hi is exact, the reduced argument is
+//   fma(z, log2(e), -(n + hi)) + (z (log2(e) - its float) - lo).
+template <>
+struct Origin<float> {
+  V<float> m, low, hi, lo;
+
+  CROSSENT_INLINE explicit Origin(float at) {
+    const double scaled = double(at) * 1.44269504088896340736;
+    int exponent;
+    std::frexp(std::fabs(scaled) > 256 ? scaled : 256.0, &exponent);
+    const double grid = std::ldexp(1.0, exponent - 22);
+    const double coarse = std::nearbyint(scaled / grid) * grid;
+    m = splat(at), low = splat(at + Exp<float>::kLow);
+    hi = splat(float(coarse)), lo = splat(float(scaled - coarse));
+  }
+  CROSSENT_INLINE V<float> clamp(V<float> z) const { return z < low ? low : z; }
+
+  template <bool kHuge>
+  CROSSENT_INLINE V<float> exp(V<float> z) const {
+    using C = Exp<float>;
+    if (kHuge) return z == m ? splat(C::kScale) : (z == z ? V<float>{} : z);
+    constexpr float log2e = 1.44269504088896340736f, log2e_rest = 1.92596299112661746887e-8f;
+    const V<float> c = clamp(z);
+    const V<float> shifted = (c * log2e - hi) + C::kMagic;
+    const V<float> n = shifted - C::kMagic;
+    const V<float> w = n + hi;
+    return scale_by<float>(exp2_reduced((c * log2e - w) + (c * log2e_rest - lo)), shifted);
+  }
+};
+#endif
 
 // tanh(x); nan for nan. Absolute error < 2^-23, relative < 2^-22.
 CROSSENT_INLINE V<float> tanh_(V<float> x) {
   const V<float> a = x < 0.0f ? -x : x;
-  const V<float> e = exp_nonpositive<float>(-2.0f * a);
+  const V<float> e = Origin<float>(0.0f).exp<false>(-2.0f * a) * Exp<float>::kUnscale;
   const V<float> far = (1.0f - e) / (1.0f + e);
   const V<float> s = x * x;
   V<float> p = splat(62.0f / 2835.0f);

@@ -4,8 +4,8 @@
 to the gradient; ``backward_`` writes it into the logits. Targets are int64 (*rows), or
 probabilities (*rows, V). ``weight`` (V,) and ``sample_weight`` (*rows) have the computing dtype,
 which is float64 if ``wide``, else float32; a softcap of 0 is none. ``saved`` holds, for each row,
-what backward needs: maximum, sum without it, mass of the target, unmasked classes, mass of the
-uniform target.
+what backward needs: maximum, sum without it; and, but for index targets without smoothing, mass of
+the target, unmasked classes, mass of the uniform target.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAVED = 5  # numbers for each row, as in csrc/kernels.h
+# Numbers saved for each row, as in csrc/problem.h: fewer for index targets without smoothing.
+_SAVED, _PLAIN_SAVED = 5, 2
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
 _FACTORS = "Tensor? weight, Tensor? sample_weight"
@@ -45,7 +46,8 @@ def _forward(
     wide: bool,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    stats = options[-1]
+    smoothing, stats = options[1], options[-1]
+    plain = target.dim() < logits.dim() and smoothing == 0
     dtype = torch.float64 if wide else torch.float32
     rows = logits.shape[:-1]
 
@@ -56,7 +58,7 @@ def _forward(
     return (
         numbers(*rows),
         numbers(*rows),
-        numbers(*rows, SAVED),
+        numbers(*rows, _PLAIN_SAVED if plain else _SAVED),
         *(numbers(*shown) for _ in range(3)),
         numbers(*shown, dtype=torch.int64),
     )

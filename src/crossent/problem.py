@@ -110,7 +110,7 @@ def pose(
     if denominator is not None:
         check_scalar("denominator", denominator, low=0.0)
 
-    rows = input.movedim(axis, -1)
+    rows = input if axis == input.dim() - 1 else input.movedim(axis, -1)
     target = target if by_index else target.movedim(axis, -1)
     cut = min(options.shift, rows.shape[-2]) if options.shift else 0
     if cut:
