@@ -131,8 +131,9 @@ CROSSENT_INLINE void finish_row(const Problem<T>& p, int64_t row, int64_t target
   const double lse = double(s.m) + log_sum, eps = o.label_smoothing;
   double loss = 0, plain = 0, mass = 1, a_mass;
   if (p.by_index()) {
-    // A target outside the classes was reported before, or could not be looked at: nan marks it.
+    // The caller raises for a target outside the classes; where it cannot, nan marks the row.
     const bool wrong = target < 0 || target >= p.classes;
+    if (wrong) __atomic_store_n(p.wrong, 1, __ATOMIC_RELAXED);
     plain = wrong ? nan : (double(s.m) - double(scored_logit(p, row, target))) + log_sum;
     mass = wrong ? nan : p.weight ? double(p.weight[target]) : 1;
     loss = times(mass, plain), a_mass = mass;

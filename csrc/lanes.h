@@ -5,6 +5,8 @@
 
 #include "kernels.h"
 
+#include <type_traits>
+
 namespace crossent::CROSSENT_ISA {
 
 constexpr int kMaxLaneClasses = 256;  // a tile of this many classes stays in the first cache
@@ -12,26 +14,32 @@ constexpr int kMaxLaneClasses = 256;  // a tile of this many classes stays in th
 // Where the rows of a tile begin, in elements; lanes past the end repeat the last row.
 template <class T>
 struct Tile {
-  int64_t offset[kLanes<T>];
-  bool unit;  // the rows are next to each other
+  int64_t offset[kLanes<T>] = {};
+  bool unit = false;  // the rows are next to each other
 
   CROSSENT_INLINE Tile(const Layout& layout, int64_t row, int count) {
-    unit = count == kLanes<T>;
-    for (int l = 0; l < kLanes<T>; ++l) {
-      offset[l] = layout(row + (l < count ? l : count - 1));
-      unit &= offset[l] == offset[0] + l;
+    int64_t step;
+    for (int l = 0; l < count;) {
+      const int64_t first = layout(row + l);
+      const int run = layout.run(row + l, count - l, &step);
+      for (int k = 0; k < run; ++k) offset[l + k] = first + k * step;
+      unit = run == kLanes<T> && step == 1;
+      l += run;
     }
+    for (int l = count; l < kLanes<T>; ++l) offset[l] = offset[count - 1];
   }
 };
 
 template <class T, class S, class F>
 CROSSENT_INLINE V<T> gather(const S* p, const Tile<T>& tile, F convert) {
-  V<T> v;
+  if constexpr (std::is_same_v<S, const T>)
+    if (tile.unit) return load(p + tile.offset[0]);
+  alignas(64) T v[kLanes<T>];
   if (tile.unit)
     for (int l = 0; l < kLanes<T>; ++l) v[l] = T(convert(p[tile.offset[0] + l]));
   else
     for (int l = 0; l < kLanes<T>; ++l) v[l] = T(convert(p[tile.offset[l]]));
-  return v;
+  return load(v);
 }
 
 // Class c of every row of the tile.
@@ -53,10 +61,14 @@ CROSSENT_INLINE V<T> read_column(const Tensor2& t, const Tile<T>& tile, int64_t 
 
 template <class T, class S, class F>
 CROSSENT_INLINE void scatter(S* p, const Tile<T>& tile, int count, V<T> v, F convert) {
+  if constexpr (std::is_same_v<S, T>)
+    if (tile.unit) return store(p + tile.offset[0], v);
+  alignas(64) T each[kLanes<T>];
+  store(each, v);
   if (tile.unit)
-    for (int l = 0; l < kLanes<T>; ++l) p[tile.offset[0] + l] = convert(v[l]);
+    for (int l = 0; l < kLanes<T>; ++l) p[tile.offset[0] + l] = convert(each[l]);
   else
-    for (int l = 0; l < count; ++l) p[tile.offset[l]] = convert(v[l]);
+    for (int l = 0; l < count; ++l) p[tile.offset[l]] = convert(each[l]);
 }
 
 template <class T>
@@ -175,7 +187,29 @@ CROSSENT_INLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
     });
     for (int c = 0; c < classes; ++c) open += z[c] == lowest ? V<T>{} : splat(T(1));
   }
-  for (int l = 0; l < count && l < L; ++l) {
+  if (p.plain() && !o.stats && o.z_loss == 0) {
+    double rest[L], log_sum[L];
+    for (int l = 0; l < L; ++l)
+      rest[l] = double(below[l]) * double(Exp<T>::kUnscale) + double(ties[l] - 1);
+    for (int l = 0; l < L; ++l) log_sum[l] = log1p_(T(), rest[l]);
+    for (int l = 0; l < count; ++l) {
+      const int64_t target = p.index(row + l);
+      const bool usual = !huge[l] & (target >= 0) & (target < classes) & (target != o.ignore_index);
+      if (!usual) {
+        forward_row(p, row + l);
+        continue;
+      }
+      const double mass = p.weight ? double(p.weight[target]) : 1;
+      const double factor = p.sample_weight.data ? double(p.sample_weight(row + l)) : 1;
+      const double loss = (double(m[l]) - double(z[target][l])) + log_sum[l];
+      p.loss[row + l] = T(times(factor * mass, loss));
+      p.mass[row + l] = T(factor * mass);
+      p.saved[(row + l) * kPlainSaved + kMaximum] = m[l];
+      p.saved[(row + l) * kPlainSaved + kRest] = T(rest[l]);
+    }
+    return;
+  }
+  for (int l = 0; l < count; ++l) {
     const int64_t target = p.by_index() ? p.index(row + l) : 0;
     if (huge[l]) {
       forward_row(p, row + l);
@@ -203,28 +237,45 @@ CROSSENT_INLINE void backward_tile(const Problem<T>& p, int64_t row, int count) 
   V<T> z[kMaxLaneClasses];
   read_tile(p, Tile<T>(p.logits.rows, row, count), z);
 
-  V<T> m{}, inverse{}, rest_share{}, mass{}, tilt{}, up{}, uniform{}, entry{};
-  I<T> target{}, alone{};
+  const bool smooth = o.label_smoothing != 0, mapped = p.mapped();
+  const bool plain = p.plain() && o.z_loss == 0;
+  alignas(64) T maximum[L], rest[L], upstream[L], masses[L], tilts[L] = {}, uniforms[L] = {},
+      uniform_masses[L] = {}, weights[L];
+  int targets[L];  // -1: none
+  bool ignored[L], any_alone = false, alone[L];
   for (int l = 0; l < L; ++l) {
     const int64_t r = row + (l < count ? l : count - 1);
     const int64_t t = p.by_index() ? p.index(r) : -1;
-    const bool ignored = p.by_index() && t == o.ignore_index;
-    const RowGradient<T> g = prepare_gradient(p, r, ignored ? 0 : t);
-    const bool usual = g.m <= Exp<T>::kHuge && g.m >= -Exp<T>::kHuge && !ignored;
-    alone[l] = usual ? 0 : -1;
-    m[l] = usual ? g.m : T(0), inverse[l] = g.inverse, rest_share[l] = g.rest_share;
-    mass[l] = g.mass, tilt[l] = g.tilt, up[l] = g.up, uniform[l] = g.uniform;
-    const bool has_target = p.by_index() && usual && t >= 0 && t < classes;
-    target[l] = has_target ? t : -1;
-    if (has_target) entry[l] = target_entry(p, t, T(z[t][l]), g);
+    const T* saved = p.saved + r * p.saved_count();
+    const bool inside = t >= 0 && t < classes;
+    ignored[l] = p.by_index() && t == o.ignore_index;
+    targets[l] = inside && !ignored[l] ? int(t) : -1;
+    weights[l] = p.weight && inside ? p.weight[t] : T(1);
+    maximum[l] = saved[kMaximum], rest[l] = saved[kRest];
+    upstream[l] = p.upstream(r) * (p.sample_weight.data ? p.sample_weight(r) : T(1));
+    masses[l] = weights[l];
+    if (!plain) {
+      const RowGradient<T> g = prepare_gradient(p, r, ignored[l] ? 0 : t);
+      masses[l] = g.mass, tilts[l] = g.tilt;
+      uniforms[l] = g.uniform, uniform_masses[l] = g.uniform_mass;
+    }
+    // nan and huge maxima, and targets that are no class, need care.
+    const bool usual = maximum[l] <= Exp<T>::kHuge && maximum[l] >= -Exp<T>::kHuge &&
+                       (inside || !p.by_index());
+    alone[l] = !usual && !ignored[l] && l < count;
+    any_alone |= alone[l];
+    if (!usual || ignored[l]) maximum[l] = 0;
   }
+  I<T> dead, target;
+  for (int l = 0; l < L; ++l) dead[l] = ignored[l] ? -1 : 0, target[l] = targets[l];
+  const V<T> m = load(maximum), inverse = T(1) / (load(rest) + T(1));
+  const V<T> rest_share = load(rest) * inverse, up = load(upstream), mass = load(masses);
+  const V<T> tilt = load(tilts), uniform = load(uniforms);
   const TwoSum<T> origin(m);
   const V<T> coefficient = up * (mass + tilt) * inverse, subtract = up * uniform;
-  const bool smooth = o.label_smoothing != 0, mapped = p.mapped();
   const T keep = T(1 - o.label_smoothing);
-  const Tile<T> out(p.gradient.rows, row, count);
-  const Tile<T> given(p.by_index() ? p.gradient.rows : p.probabilities.rows, row, count);
-  V<T> result[kMaxLaneClasses];
+  const Tile<T> given(p.by_index() ? p.logits.rows : p.probabilities.rows, row, count);
+  V<T> result[kMaxLaneClasses], e_target{};
   for (int c = 0; c < classes; ++c) {
     const T w = p.weight ? p.weight[c] : T(1);
     const V<T> e = origin.template exp<false>(z[c]) * Exp<T>::kUnscale;
@@ -232,6 +283,7 @@ CROSSENT_INLINE void backward_tile(const Problem<T>& p, int64_t row, int count) 
     if (p.by_index()) {
       r = e * coefficient;
       if (smooth) r = z[c] == none ? V<T>{} : r - subtract * w;
+      e_target = target == c ? e : e_target;
     } else {
       V<T> a = read_column(p.probabilities, given, c);
       if (smooth) a = a * keep + (z[c] == none ? V<T>{} : uniform);
@@ -241,13 +293,22 @@ CROSSENT_INLINE void backward_tile(const Problem<T>& p, int64_t row, int count) 
       r = (((mass - a) + tilt) * prob - a * others) * up;
     }
     if (mapped) r = r * map_slope<T>(z[c], o);
-    r = target == c ? entry : r;
-    result[c] = r;
+    result[c] = dead ? V<T>{} : r;
   }
-  // Rows that need care, from logits that are still whole; lanes that are not theirs stay out.
-  bool any = false;
-  for (int l = 0; l < count; ++l) any |= alone[l] != 0;
-  if (!any) {
+  if (p.by_index()) {  // the targets' entries: minus the share of the others, see target_entry
+    const V<T> w = load(weights), prob = e_target * inverse;
+    const V<T> others = e_target == T(1) ? rest_share : T(1) - prob;
+    const V<T> entry = up * (((uniform * load(uniform_masses)) + tilt) * prob -
+                             keep * w * others - uniform * w);
+    for (int l = 0; l < count; ++l) {
+      if (targets[l] < 0) continue;
+      T slope = 1;
+      if (mapped) slope = map_slope<T>(splat(T(z[targets[l]][l])), o)[0];
+      result[targets[l]][l] = entry[l] * slope;
+    }
+  }
+  if (!any_alone) {
+    const Tile<T> out(p.gradient.rows, row, count);
     for (int c = 0; c < classes; ++c) write_column(p.gradient, out, count, c, result[c]);
     return;
   }

@@ -128,7 +128,7 @@ void for_rows(const crossent::Problem<T>& p, int64_t rows, F run) {
                               [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Forward run_forward(const Tensor& logits, crossent::Problem<T> p, ScalarType dtype, bool stats) {
@@ -140,10 +140,13 @@ Forward run_forward(const Tensor& logits, crossent::Problem<T> p, ScalarType dty
   };
   const auto& shown = stats ? shape : none;
   Forward out{fresh(shape, dtype), fresh(shape, dtype), fresh(several, dtype), fresh(shown, dtype),
-              fresh(shown, dtype), fresh(shown, dtype), fresh(shown, ScalarType::Long)};
+              fresh(shown, dtype), fresh(shown, dtype), fresh(shown, ScalarType::Long),
+              fresh({}, ScalarType::Long)};
   p.loss = static_cast<T*>(std::get<0>(out).data_ptr());
   p.mass = static_cast<T*>(std::get<1>(out).data_ptr());
   p.saved = static_cast<T*>(std::get<2>(out).data_ptr());
+  p.wrong = static_cast<int64_t*>(std::get<7>(out).data_ptr());
+  *p.wrong = 0;
   if (stats) {
     p.lse = static_cast<T*>(std::get<3>(out).data_ptr());
     p.log_prob = static_cast<T*>(std::get<4>(out).data_ptr());

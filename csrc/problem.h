@@ -29,6 +29,14 @@ struct Layout {
     }
     return offset;
   }
+  // How many rows from this one on are `step` apart, at most `most`: divisions are slow, so they
+  // are done once for a run of rows.
+  CROSSENT_INLINE int run(int64_t row, int most, int64_t* step) const {
+    *step = rank ? stride[rank - 1] : 0;
+    if (rank <= 1) return most;
+    const int64_t left = size[rank - 1] - row % size[rank - 1];
+    return left < most ? int(left) : most;
+  }
 };
 
 struct Tensor2 {  // rows of classes
@@ -70,6 +78,7 @@ struct Problem {
   // Outputs of forward, one a row, contiguous; statistics null where not wanted.
   T *loss, *mass, *saved, *lse, *log_prob, *entropy;
   int64_t* argmax;
+  int64_t* wrong;  // set to one if a target is neither a class nor ignored
   // Backward.
   Tensor1<const T> upstream;
   Tensor2 gradient;

@@ -26,7 +26,7 @@ ALLOWED = {
     "calculus": FLOOR | {"targets"},
     "ops": set(),
     "backends": {"backends.reference", "backends.cpu", "problem", "rows"},
-    "backends.cpu": {"ops", "problem", "rows"},
+    "backends.cpu": {"ops", "problem", "readable", "rows"},
     "backends.reference": {"arithmetic", "problem", "rows"},
     "functional": FLOOR | CHECKS | {"problem", "reduction", "backends"},
     "modules": {"functional", "options"},

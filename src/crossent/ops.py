@@ -5,7 +5,8 @@ to the gradient; ``backward_`` writes it into the logits. Targets are int64 (*ro
 probabilities (*rows, V). ``weight`` (V,) and ``sample_weight`` (*rows) have the computing dtype,
 which is float64 if ``wide``, else float32; a softcap of 0 is none. ``saved`` holds, for each row,
 what backward needs: maximum, sum without it; and, but for index targets without smoothing, mass of
-the target, unmasked classes, mass of the uniform target.
+the target, unmasked classes, mass of the uniform target. ``wrong`` is one if a target is neither a
+class nor ignored; the loss of such a row is nan.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _library = torch.library.Library("crossent", "DEF")
 _library.define(
     f"forward(Tensor logits, Tensor target, {_FACTORS}, bool wide, {_OPTIONS}, bool stats)"
     " -> (Tensor loss, Tensor mass, Tensor saved,"
-    " Tensor lse, Tensor log_prob, Tensor entropy, Tensor argmax)"
+    " Tensor lse, Tensor log_prob, Tensor entropy, Tensor argmax, Tensor wrong)"
 )
 _library.define(
     f"backward(Tensor upstream, Tensor logits, Tensor target, {_FACTORS}, Tensor saved,"
@@ -61,6 +62,7 @@ def _forward(
         numbers(*rows, _PLAIN_SAVED if plain else _SAVED),
         *(numbers(*shown) for _ in range(3)),
         numbers(*shown, dtype=torch.int64),
+        numbers(dtype=torch.int64),
     )
 
 

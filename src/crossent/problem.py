@@ -46,9 +46,9 @@ class Problem:
     by_index: bool  # which of the two the target is
     weight: Tensor | None  # (V,), the class weights
     sample_weight: Tensor | None  # (*rows)
-    may_ignore: bool  # False where it is known that no row is ignored
-    in_range: bool  # True where every counted target is known to be a class
     cut: int  # how many positions shift left without a target
+    may_ignore: bool = True  # False where it is known that no row is ignored
+    in_range: bool = False  # True where every counted target is known to be a class
 
     @property
     def options(self) -> Options:
@@ -58,6 +58,20 @@ class Problem:
     def with_logits(self, rows: Tensor) -> Problem:
         """The same problem about other logits of the same shape."""
         return replace(self, logits=replace(self.logits, rows=rows))
+
+    def verified(self) -> Problem:
+        """The same problem, once its targets have been looked at, where that can be done.
+
+        Apart from posing it, because kernels see to it in passing.
+        """
+        if not self.by_index:
+            return replace(self, may_ignore=False, in_range=True)
+        if not readable(self.target):
+            return self
+        ignore_index, classes = self.options.ignore_index, self.logits.rows.shape[-1]
+        check_range("target", self.target, classes, ignore_index, self.options.shift)
+        may_ignore = bool((self.target == ignore_index).any())
+        return replace(self, may_ignore=may_ignore, in_range=True)
 
     def counted(self) -> Tensor:
         """True for each row that has a target."""
@@ -86,7 +100,7 @@ class Selection:
         if self.index.shape[-1] != 1:
             return None
         target = self.index.squeeze(-1)
-        return Problem(self.logits, target, True, None, None, True, self.in_range, 0)
+        return Problem(self.logits, target, True, None, None, cut=0)
 
 
 def pose(
@@ -118,16 +132,11 @@ def pose(
         rows, target = rows.narrow(position, 0, left), target.narrow(position, cut, left)
         if sample_weight is not None:
             sample_weight = sample_weight.narrow(position, cut, left)
-    may_ignore, in_range = by_index, not by_index
     if by_index:
         target = target.to(torch.int64)
-        if readable(target):
-            may_ignore = bool((target == options.ignore_index).any())
-            check_range("target", target, rows.shape[-1], options.ignore_index, options.shift)
-            in_range = True
     factors = () if by_index else (target,) if weight is None else (target, weight)
     logits = _logits(input, rows, options, *factors)
-    return Problem(logits, target, by_index, weight, sample_weight, may_ignore, in_range, cut)
+    return Problem(logits, target, by_index, weight, sample_weight, cut)
 
 
 def pose_logits(input: Tensor, options: Options) -> Logits:

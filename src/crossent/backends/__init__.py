@@ -60,7 +60,7 @@ def rows(problem: Problem) -> Rows:
     """One loss for each row of a problem."""
     if choose(problem).name == "cpu":
         return cpu.rows(problem, reference.rows)
-    return reference.rows(problem)
+    return reference.rows(problem.verified())
 
 
 def log_prob(selection: Selection) -> Tensor:

@@ -12,6 +12,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from .. import ops as ops  # the schemas must stand before the kernels are loaded
+from ..readable import readable
 from ..rows import Rows, Stats
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ def rows(problem: Problem, differentiable: Callable[[Problem], Rows]) -> Rows:
         out = fused.apply(problem.logits.rows, arguments, problem, differentiable)
     else:
         out = torch.ops.crossent.forward(*arguments)
-    loss, mass, _, lse, log_prob, entropy, argmax = out
+    loss, mass, _, lse, log_prob, entropy, argmax, wrong = out
+    if problem.by_index and readable(wrong) and wrong.item():
+        problem.verified()  # raises, naming the place
     if not problem.options.return_stats:
         return Rows(loss, mass, None)
     target, counted = problem.target, problem.counted()
