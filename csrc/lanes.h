@@ -5,8 +5,6 @@
 
 #include "kernels.h"
 
-#include <type_traits>
-
 namespace crossent::CROSSENT_ISA {
 
 constexpr int kMaxLaneClasses = 256;  // a tile of this many classes stays in the first cache
@@ -30,82 +28,93 @@ struct Tile {
   }
 };
 
-template <class T, class S, class F>
-CROSSENT_INLINE V<T> gather(const S* p, const Tile<T>& tile, F convert) {
-  if constexpr (std::is_same_v<S, const T>)
-    if (tile.unit) return load(p + tile.offset[0]);
-  alignas(64) T v[kLanes<T>];
-  if (tile.unit)
-    for (int l = 0; l < kLanes<T>; ++l) v[l] = T(convert(p[tile.offset[0] + l]));
-  else
-    for (int l = 0; l < kLanes<T>; ++l) v[l] = T(convert(p[tile.offset[l]]));
-  return load(v);
-}
-
-// Class c of every row of the tile.
-template <class T>
-CROSSENT_INLINE V<T> read_column(const Tensor2& t, const Tile<T>& tile, int64_t c) {
-  const int64_t skip = c * t.class_stride;
-  const auto same = [](auto x) __attribute__((always_inline)) { return x; };
-  switch (t.dtype) {
-    case Dtype::kFloat32: return gather<T>(static_cast<const float*>(t.data) + skip, tile, same);
-    case Dtype::kFloat64: return gather<T>(static_cast<const double*>(t.data) + skip, tile, same);
-    case Dtype::kBFloat16:
-      return gather<T>(static_cast<const uint16_t*>(t.data) + skip, tile,
-                       [](uint16_t h) __attribute__((always_inline)) { return from_bfloat16(h); });
-    default:
-      return gather<T>(static_cast<const uint16_t*>(t.data) + skip, tile,
-                       [](uint16_t h) __attribute__((always_inline)) { return from_float16(h); });
-  }
-}
-
-template <class T, class S, class F>
-CROSSENT_INLINE void scatter(S* p, const Tile<T>& tile, int count, V<T> v, F convert) {
-  if constexpr (std::is_same_v<S, T>)
-    if (tile.unit) return store(p + tile.offset[0], v);
-  alignas(64) T each[kLanes<T>];
-  store(each, v);
-  if (tile.unit)
-    for (int l = 0; l < kLanes<T>; ++l) p[tile.offset[0] + l] = convert(each[l]);
-  else
-    for (int l = 0; l < count; ++l) p[tile.offset[l]] = convert(each[l]);
-}
-
-template <class T>
-CROSSENT_INLINE void write_column(const Tensor2& t, const Tile<T>& tile, int count, int64_t c,
-                                  V<T> v) {
-  const int64_t skip = c * t.class_stride;
+// Runs f on the stored numbers, converters to and from T beside them.
+template <class T, class F>
+CROSSENT_INLINE void with_storage(const Tensor2& t, F f) {
   switch (t.dtype) {
     case Dtype::kFloat32:
-      scatter<T>(static_cast<float*>(t.data) + skip, tile, count, v,
-                 [](T x) __attribute__((always_inline)) { return float(x); });
-      break;
+      return f(static_cast<float*>(t.data), [](float x) __attribute__((always_inline)) { return T(x); },
+               [](T x) __attribute__((always_inline)) { return float(x); });
     case Dtype::kFloat64:
-      scatter<T>(static_cast<double*>(t.data) + skip, tile, count, v,
-                 [](T x) __attribute__((always_inline)) { return double(x); });
-      break;
+      return f(static_cast<double*>(t.data), [](double x) __attribute__((always_inline)) { return T(x); },
+               [](T x) __attribute__((always_inline)) { return double(x); });
     case Dtype::kBFloat16:
-      scatter<T>(static_cast<uint16_t*>(t.data) + skip, tile, count, v,
-                 [](T x) __attribute__((always_inline)) { return to_bfloat16(float(x)); });
-      break;
-    default:
-      scatter<T>(static_cast<uint16_t*>(t.data) + skip, tile, count, v,
-                 [](T x) __attribute__((always_inline)) { return to_float16(float(x)); });
+      return f(static_cast<uint16_t*>(t.data),
+               [](uint16_t h) __attribute__((always_inline)) { return T(from_bfloat16(h)); },
+               [](T x) __attribute__((always_inline)) { return to_bfloat16(float(x)); });
+    case Dtype::kFloat16:
+      return f(static_cast<uint16_t*>(t.data),
+               [](uint16_t h) __attribute__((always_inline)) { return T(from_float16(h)); },
+               [](T x) __attribute__((always_inline)) { return to_float16(float(x)); });
   }
 }
 
-// All classes of a tile, mapped: class c in out[c].
+// All classes of a tile: class c in out[c]. Rows that are not next to each other are read one after
+// the other, so that memory is walked in order and no vector is loaded from stores just made.
 template <class T>
-CROSSENT_INLINE void read_tile(const Problem<T>& p, const Tile<T>& tile, V<T>* out) {
+CROSSENT_INLINE void read_tile(const Tensor2& t, const Tile<T>& tile, int classes, V<T>* out) {
+  constexpr int L = kLanes<T>;
+  T* each = reinterpret_cast<T*>(out);
+  with_storage<T>(t, [&](const auto* p, auto from, auto) __attribute__((always_inline)) {
+    if (tile.unit)
+      for (int c = 0; c < classes; ++c)
+        for (int l = 0; l < L; ++l)
+          each[c * L + l] = from(p[tile.offset[0] + c * t.class_stride + l]);
+    else
+      for (int l = 0; l < L; ++l)
+        for (int c = 0; c < classes; ++c)
+          each[c * L + l] = from(p[tile.offset[l] + c * t.class_stride]);
+  });
+}
+
+template <class T>
+CROSSENT_INLINE void map_tile(const Problem<T>& p, V<T>* z) {
+  if (!p.mapped()) return;
   const T scale = T(p.options.logit_scale), cap = T(p.options.softcap);
   for (int c = 0; c < p.classes; ++c) {
-    V<T> z = read_column(p.logits, tile, c);
-    if (p.mapped()) {
-      z = z * scale;
-      if (cap != 0) z = tanh_(z / cap) * cap;
-    }
-    out[c] = z;
+    z[c] = z[c] * scale;
+    if (cap != 0) z[c] = tanh_(z[c] / cap) * cap;
   }
+}
+
+// The rows of a tile that are meant, back to where they belong.
+template <class T>
+CROSSENT_INLINE void write_tile(const Tensor2& t, const Tile<T>& tile, int classes, int count,
+                                const bool* skip, const V<T>* in) {
+  constexpr int L = kLanes<T>;
+  const T* each = reinterpret_cast<const T*>(in);
+  with_storage<T>(t, [&](auto* p, auto, auto to) __attribute__((always_inline)) {
+    if (tile.unit && !skip)
+      for (int c = 0; c < classes; ++c)
+        for (int l = 0; l < L; ++l)
+          p[tile.offset[0] + c * t.class_stride + l] = to(each[c * L + l]);
+    else
+      for (int l = 0; l < count; ++l)
+        for (int c = 0; c < classes && !(skip && skip[l]); ++c)
+          p[tile.offset[l] + c * t.class_stride] = to(each[c * L + l]);
+  });
+}
+
+// log1p_ of kernels.h for one number in each lane.
+CROSSENT_INLINE void log1p_lanes(float, const double* x, double* out) {
+  constexpr int L = kLanes<double>;
+  for (int i = 0; i < kLanes<float>; i += L) {
+    const V<double> v = load(x + i), u = v + 1.0;
+    const I<double> raw = bits<I<double>>(u), e = (raw - 0x3fe6a09e667f3bcdLL) >> 52;
+    const V<double> f = bits<V<double>>(raw - (e << 52)) - 1.0, s = f / (f + 2.0), q = s * s;
+    V<double> p = splat(2.0 / 13);
+    p = p * q + 2.0 / 11;
+    p = p * q + 2.0 / 9;
+    p = p * q + 2.0 / 7;
+    p = p * q + 2.0 / 5;
+    p = p * q + 2.0 / 3;
+    const V<double> log =
+        __builtin_convertvector(e, V<double>) * 0.69314718055994530942 + (s * 2.0 + s * q * p);
+    store(out + i, v < 0x1p-28 ? v - v * v * 0.5 : log);
+  }
+}
+CROSSENT_INLINE void log1p_lanes(double, const double* x, double* out) {
+  for (int l = 0; l < kLanes<double>; ++l) out[l] = std::log1p(x[l]);
 }
 
 // Sums over the classes for every lane, in four partial sums so that they keep their digits.
@@ -142,8 +151,9 @@ CROSSENT_INLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
   const T lowest = -std::numeric_limits<T>::infinity();
   const int classes = int(p.classes);
   const Options& o = p.options;
-  V<T> z[kMaxLaneClasses];
-  read_tile(p, Tile<T>(p.logits.rows, row, count), z);
+  V<T> z[kMaxLaneClasses], y[kMaxLaneClasses];
+  read_tile(p.logits, Tile<T>(p.logits.rows, row, count), classes, z);
+  map_tile(p, z);
 
   V<T> m = splat(lowest);
   I<T> nan = {}, huge = {};
@@ -172,14 +182,12 @@ CROSSENT_INLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
     return splat(p.weight ? p.weight[c] : T(1));
   };
   if (!p.by_index()) {
-    const Tile<T> tile(p.probabilities.rows, row, count);
-    const auto y = [&](int c) __attribute__((always_inline)) {
-      return read_column(p.probabilities, tile, c);
-    };
+    read_tile(p.probabilities, Tile<T>(p.probabilities.rows, row, count), classes, y);
     given = lane_gap<T>(z, classes, m, [&](int c) __attribute__((always_inline)) {
-      return y(c) * weight(c);
+      return y[c] * weight(c);
     });
-    if (p.weight && o.stats) plain = lane_gap<T>(z, classes, m, y);
+    if (p.weight && o.stats)
+      plain = lane_gap<T>(z, classes, m, [&](int c) __attribute__((always_inline)) { return y[c]; });
   }
   if (o.label_smoothing != 0) {
     uniform = lane_gap<T>(z, classes, m, [&](int c) __attribute__((always_inline)) {
@@ -191,7 +199,7 @@ CROSSENT_INLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
     double rest[L], log_sum[L];
     for (int l = 0; l < L; ++l)
       rest[l] = double(below[l]) * double(Exp<T>::kUnscale) + double(ties[l] - 1);
-    for (int l = 0; l < L; ++l) log_sum[l] = log1p_(T(), rest[l]);
+    log1p_lanes(T(), rest, log_sum);
     for (int l = 0; l < count; ++l) {
       const int64_t target = p.index(row + l);
       const bool usual = !huge[l] & (target >= 0) & (target < classes) & (target != o.ignore_index);
@@ -234,8 +242,11 @@ CROSSENT_INLINE void backward_tile(const Problem<T>& p, int64_t row, int count) 
   const int classes = int(p.classes);
   const Options& o = p.options;
   const V<T> none = splat(-std::numeric_limits<T>::infinity());
-  V<T> z[kMaxLaneClasses];
-  read_tile(p, Tile<T>(p.logits.rows, row, count), z);
+  V<T> z[kMaxLaneClasses], y[kMaxLaneClasses];
+  read_tile(p.logits, Tile<T>(p.logits.rows, row, count), classes, z);
+  map_tile(p, z);
+  if (!p.by_index())
+    read_tile(p.probabilities, Tile<T>(p.probabilities.rows, row, count), classes, y);
 
   const bool smooth = o.label_smoothing != 0, mapped = p.mapped();
   const bool plain = p.plain() && o.z_loss == 0;
@@ -274,7 +285,6 @@ CROSSENT_INLINE void backward_tile(const Problem<T>& p, int64_t row, int count) 
   const TwoSum<T> origin(m);
   const V<T> coefficient = up * (mass + tilt) * inverse, subtract = up * uniform;
   const T keep = T(1 - o.label_smoothing);
-  const Tile<T> given(p.by_index() ? p.logits.rows : p.probabilities.rows, row, count);
   V<T> result[kMaxLaneClasses], e_target{};
   for (int c = 0; c < classes; ++c) {
     const T w = p.weight ? p.weight[c] : T(1);
@@ -285,7 +295,7 @@ CROSSENT_INLINE void backward_tile(const Problem<T>& p, int64_t row, int count) 
       if (smooth) r = z[c] == none ? V<T>{} : r - subtract * w;
       e_target = target == c ? e : e_target;
     } else {
-      V<T> a = read_column(p.probabilities, given, c);
+      V<T> a = y[c];
       if (smooth) a = a * keep + (z[c] == none ? V<T>{} : uniform);
       a = a * w;
       const V<T> prob = e * inverse;
@@ -307,19 +317,10 @@ CROSSENT_INLINE void backward_tile(const Problem<T>& p, int64_t row, int count) 
       result[targets[l]][l] = entry[l] * slope;
     }
   }
-  if (!any_alone) {
-    const Tile<T> out(p.gradient.rows, row, count);
-    for (int c = 0; c < classes; ++c) write_column(p.gradient, out, count, c, result[c]);
-    return;
-  }
-  for (int l = 0; l < count; ++l) {
-    if (alone[l]) {
-      backward_row(p, row + l);
-      continue;
-    }
-    const Tile<T> one(p.gradient.rows, row + l, 1);
-    for (int c = 0; c < classes; ++c) write_column(p.gradient, one, 1, c, splat(T(result[c][l])));
-  }
+  const Tile<T> out(p.gradient.rows, row, count);
+  write_tile(p.gradient, out, classes, count, any_alone || count < L ? alone : nullptr, result);
+  for (int l = 0; l < count; ++l)
+    if (alone[l]) backward_row(p, row + l);
 }
 
 // Whether rows are better done side by side.
