@@ -91,7 +91,7 @@ def forward(loss: Loss, logits: Tensor, target: Tensor) -> None:
 def forward_backward(loss: Loss, logits: Tensor, target: Tensor) -> None:
     """Training: the gradient is made and dropped, so its memory is fresh each time.
 
-    Each candidate pays for dropping its own: giving back small pages takes as long as touching them.
+    Each candidate pays for dropping its own: giving pages back takes as long as touching them.
     """
     loss(logits, target).backward()
     logits.grad = None

@@ -27,6 +27,13 @@ CROSSENT_INLINE const T* read_logits(const Problem<T>& p, int64_t row, int64_t c
   return out;
 }
 
+// Where classes from c on are stored; a prefetch past the end of the logits does no harm.
+template <class T>
+CROSSENT_INLINE Ahead ahead_of(const Problem<T>& p, int64_t row, int64_t c) {
+  if (p.logits.class_stride != 1) return {nullptr, 0};
+  return {p.logits.at(row, c), item_size(p.logits.dtype)};
+}
+
 template <class T>
 CROSSENT_INLINE bool any_nan(const T* z, int n) {
   bool any = false;
@@ -46,7 +53,7 @@ CROSSENT_INLINE void forward_block(const Problem<T>& p, int64_t row, int64_t c, 
   const bool raised = top > s.m;
   if (raised) s.raise(top);
   if (s.m != -std::numeric_limits<T>::infinity()) {
-    const BlockSum sum = block_sum(z, n, s.m, p.options.stats);
+    const BlockSum sum = block_sum(z, n, s.m, p.options.stats, ahead_of(p, row, c + n));
     s.add(sum.below);
     // One of those that equal the maximum is the one that is left out.
     s.add(raised ? sum.ties - 1 : sum.ties);
@@ -190,7 +197,8 @@ struct RowGradient {
 };
 template <class T, bool kIndex, bool kHuge>
 CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
-                                    const RowGradient<T>& g, const Options& o, T* out) {
+                                    const RowGradient<T>& g, const Options& o, Ahead next,
+                                    T* out) {
   constexpr int L = kLanes<T>;
   const Origin<T> origin(g.m);
   const V<T> none = splat(-std::numeric_limits<T>::infinity());
@@ -199,6 +207,7 @@ CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
   const bool smooth = g.uniform != 0, mapped = o.logit_scale != 1 || o.softcap != 0;
   for (int i = 0; i < n; i += L) {
     const int k = n - i < L ? n - i : L;
+    next(i, L);
     const V<T> x = k == L ? load(z + i) : load(z + i, k, -std::numeric_limits<T>::infinity());
     const V<T> e = origin.template exp<kHuge>(x) * Exp<T>::kUnscale;
     V<T> r;
@@ -280,14 +289,15 @@ CROSSENT_INLINE void backward_row(const Problem<T>& p, int64_t row) {
     } else {
       const T* z = read_logits(p, row, c, n, buffer);
       const T* w = p.weight ? p.weight + c : nullptr;
+      const Ahead next = ahead_of(p, row, c + n);
       if (p.by_index()) {
-        if (huge) gradient_block<T, true, true>(z, nullptr, w, n, g, p.options, r);
-        else gradient_block<T, true, false>(z, nullptr, w, n, g, p.options, r);
+        if (huge) gradient_block<T, true, true>(z, nullptr, w, n, g, p.options, next, r);
+        else gradient_block<T, true, false>(z, nullptr, w, n, g, p.options, next, r);
       } else {
         const Tensor2& y = p.probabilities;
         const T* a = read(y.at(row, c), y.dtype, y.class_stride, n, target);
-        if (huge) gradient_block<T, false, true>(z, a, w, n, g, p.options, r);
-        else gradient_block<T, false, false>(z, a, w, n, g, p.options, r);
+        if (huge) gradient_block<T, false, true>(z, a, w, n, g, p.options, next, r);
+        else gradient_block<T, false, false>(z, a, w, n, g, p.options, next, r);
       }
     }
     if (has_target && t >= c && t < c + n) r[t - c] = entry;

@@ -16,6 +16,16 @@ namespace crossent::CROSSENT_ISA {
 
 constexpr int kBlock = 2048;
 
+// The next block as it is stored: it comes from memory while this one is computed.
+struct Ahead {
+  const char* data;
+  int item;  // bytes an element
+
+  CROSSENT_INLINE void operator()(int i, int count) const {
+    for (int b = 0; b < count * item; b += 64) __builtin_prefetch(data + i * item + b);
+  }
+};
+
 // Largest element of a block; nan is passed over. n >= 1.
 template <class T>
 CROSSENT_INLINE T block_max(const T* z, int n) {
@@ -45,7 +55,7 @@ struct BlockSum {
   double below, ties, moment;
 };
 template <class T, bool kMoment, bool kHuge>
-CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T maximum) {
+CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T maximum, Ahead next) {
   constexpr int L = kLanes<T>;
   const T lowest = -std::numeric_limits<T>::infinity();
   const Origin<T> origin(maximum);
@@ -61,9 +71,7 @@ CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T maximum) {
   };
   int i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
-    // The next block comes from memory while this one is computed.
-    __builtin_prefetch(z + kBlock + i);
-    if (L * sizeof(T) > 32) __builtin_prefetch(z + kBlock + i + L);
+    next(i, 2 * L);
     step(load(z + i), s0, u0);
     step(load(z + i + L), s1, u1);
   }
@@ -108,10 +116,11 @@ CROSSENT_INLINE BlockGap block_gap(const T* z, const T* y, const T* w, int n, T 
 }
 
 template <class T>
-CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T m, bool moment) {
+CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T m, bool moment, Ahead next) {
   const bool huge = m > Exp<T>::kHuge || m < -Exp<T>::kHuge;
-  if (huge) return block_sum<T, true, true>(z, n, m);
-  return moment ? block_sum<T, true, false>(z, n, m) : block_sum<T, false, false>(z, n, m);
+  if (huge) return block_sum<T, true, true>(z, n, m, next);
+  return moment ? block_sum<T, true, false>(z, n, m, next)
+                : block_sum<T, false, false>(z, n, m, next);
 }
 
 // What is known of the classes of a row that have been seen.

@@ -35,7 +35,7 @@ ALLOWED = {
     "steps_view": {"steps"},
     "note": {"steps"},
     "testing": set(),
-    "cli": {"functional", "note", "steps_view", "testing"},
+    "cli": {"functional", "note", "options", "steps_view", "testing"},
     "__main__": {"cli"},
     "__init__": {"backends", "calculus", "functional", "modules", "patching", "rows", "steps",
                  "warn"},

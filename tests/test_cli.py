@@ -39,6 +39,10 @@ def test_check_prints_errors_by_backend_and_dtype():
     lines = [line.split() for line in result.output.splitlines()]
     kept = {(line[0], line[1]) for line in lines if line and line[-1] == "kept"}
     assert {("reference", d) for d in ("float64", "float32", "bfloat16", "float16")} <= kept
+    from crossent.backends import cpu
+
+    assert (("cpu", "float32") in kept) == (cpu.MISSING == "")
+    assert "CPU tensors are served by" in result.output
     broken = [line for line in lines if line and line[0] == "PyTorch"]
     assert len(broken) == 4
     assert all(line[-1] == "broken" for line in broken)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from .options import Backend
     from .testing import Errors, RowLoss
 
 
@@ -51,6 +52,7 @@ def check(largest: int) -> None:
     from rich.console import Console
     from rich.progress import track
 
+    from .functional import backend_for
     from .testing import NO_ERRORS, budget, hard_rows, measure
 
     table = _error_table()
@@ -66,6 +68,8 @@ def check(largest: int) -> None:
         broken |= binding and not kept
         _add(table, name, dtype, worst, "kept" if kept else "broken")
     console.print(table)
+    choice = backend_for(torch.zeros(1, 1), torch.tensor([0]))
+    console.print(f"CPU tensors are served by {choice.name}: {choice.reason}")
     console.print(f"torch {torch.__version__}; contract: 4 ulp, 1e-6, target's entry uncancelled")
     if broken:
         raise SystemExit(1)
@@ -78,15 +82,18 @@ def _losses() -> Iterator[tuple[str, torch.dtype, RowLoss, bool]]:
     import torch
     import torch.nn.functional as F
 
-    from .functional import cross_entropy
+    from .functional import backend_for, cross_entropy
 
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    for dtype in dtypes:
-        exact = torch.promote_types(dtype, torch.float32)
-        reference = functools.partial(
-            cross_entropy, reduction="none", return_dtype=exact, backend="reference"
-        )
-        yield "reference", dtype, reference, True
+    served = backend_for(torch.zeros(1, 1), torch.tensor([0])).name
+    backends: tuple[Backend, ...] = ("reference", "cpu") if served == "cpu" else ("reference",)
+    for backend in backends:
+        for dtype in dtypes:
+            exact = torch.promote_types(dtype, torch.float32)
+            ours = functools.partial(
+                cross_entropy, reduction="none", return_dtype=exact, backend=backend
+            )
+            yield backend, dtype, ours, True
     for dtype in dtypes:
         yield "PyTorch", dtype, functools.partial(F.cross_entropy, reduction="none"), False
 

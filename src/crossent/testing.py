@@ -20,6 +20,9 @@ from torch import Tensor
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 """A loss under test: logits (N, V) and class indices (N,) in, one loss a row out."""
 
+Truth = tuple[mpmath.mpf, list[mpmath.mpf]]
+"""Loss and gradient of one row, as :func:`truth` gives them."""
+
 _DIGITS = 80
 _SMALLEST_P = 1e-30  # probabilities below this are not held to a relative error
 
@@ -67,7 +70,7 @@ def budget(dtype: torch.dtype) -> Errors:
     return Errors(4.0, 1e-6, rounding, rounding, math.inf)
 
 
-def truth(row: Tensor, target: int) -> tuple[mpmath.mpf, list[mpmath.mpf]]:
+def truth(row: Tensor, target: int) -> Truth:
     """Loss and gradient of one row at 80 digits.
 
     >>> loss, _ = truth(torch.tensor([20.0, 0.0]), 0)
@@ -127,14 +130,19 @@ def hard_rows(dtype: torch.dtype, largest: int = 4096, seed: int = 0) -> Iterato
             yield case(f"peaked elsewhere, V={v}", peaked, v - 1)
 
 
-def measure(loss: RowLoss, case: Case) -> Errors:
-    """The worst errors of ``loss`` and its gradient on the rows of a case."""
+def truths(case: Case) -> list[Truth]:
+    """The truth of every row of a case: slow, so several losses may share it."""
+    return [truth(row, t) for row, t in zip(case.logits, case.target.tolist(), strict=True)]
+
+
+def measure(loss: RowLoss, case: Case, known: list[Truth] | None = None) -> Errors:
+    """The worst errors of ``loss`` and its gradient on the rows of a case (of known ``truths``)."""
     logits = case.logits.clone().requires_grad_()
     losses = loss(logits, case.target)
     (slopes,) = torch.autograd.grad(losses.sum(), logits)
     worst = NO_ERRORS
-    for i, target in enumerate(case.target.tolist()):
-        expected, gradient = truth(case.logits[i], target)
+    for i, (expected, gradient) in enumerate(truths(case) if known is None else known):
+        target = int(case.target[i])
         worst = worst.worst(_compare(losses[i].detach(), expected, slopes[i], gradient, target))
     return worst
 
