@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,3 +223,23 @@ def test_contract_of_long_rows(dtype):
         if case.name in ("peaked on the target, V=131072", "flat, V=262144"):
             errors = measure(loss, case)
             assert errors.within(budget(dtype)), (case.name, errors)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_logits():
+    """Offsets beyond 32 bits: the last rows of 4 GiB of bfloat16 logits are as they are alone."""
+    if psutil.virtual_memory().available < 12 * 2**30:
+        pytest.skip("needs 12 GiB of memory")
+    rows, classes = 16500, 131072
+    assert rows * classes > 2**31
+    x = torch.randn(classes).bfloat16().expand(rows, classes).contiguous()
+    x[-2:] = torch.randn(2, classes).bfloat16()
+    t = torch.arange(rows)
+    x.requires_grad_()
+    losses = crossent.cross_entropy(x, t, reduction="none", backend="cpu")
+    (g,) = torch.autograd.grad(losses.sum(), x)
+    for k in (0, rows - 2, rows - 1):
+        alone = x[k : k + 1].detach().clone().requires_grad_()
+        loss = crossent.cross_entropy(alone, t[k : k + 1], reduction="none", backend="cpu")
+        assert torch.equal(losses[k : k + 1], loss)
+        assert torch.equal(g[k : k + 1], torch.autograd.grad(loss.sum(), alone)[0])
