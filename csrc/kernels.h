@@ -84,16 +84,21 @@ CROSSENT_INLINE T scored_logit(const Problem<T>& p, int64_t row, int64_t c) {
   return *read_logits(p, row, c, 1, &z);
 }
 
+// The first place of the maximum, as torch.argmax: the first nan where there is one.
 template <class T>
-CROSSENT_INLINE int64_t first_at(const Problem<T>& p, int64_t row, T m) {
+CROSSENT_INLINE int64_t argmax_of(const Problem<T>& p, int64_t row) {
   alignas(64) T buffer[kBlock];
+  T best = 0;
+  int64_t place = -1;
   for (int64_t c = 0; c < p.classes; c += kBlock) {
     const int n = int(p.classes - c < kBlock ? p.classes - c : kBlock);
     const T* z = read_logits(p, row, c, n, buffer);
-    for (int i = 0; i < n; ++i)
-      if (z[i] == m || (m != m && z[i] != z[i])) return c + i;
+    for (int i = 0; i < n; ++i) {
+      if (z[i] != z[i]) return c + i;
+      if (place < 0 || z[i] > best) best = z[i], place = c + i;
+    }
   }
-  return 0;
+  return place;
 }
 
 CROSSENT_INLINE double times(double factor, double x) {  // 0 * inf = 0
@@ -163,7 +168,7 @@ CROSSENT_INLINE void finish_row(const Problem<T>& p, int64_t row, int64_t target
   if (o.stats) {
     p.lse[row] = T(lse), p.log_prob[row] = T(-plain);
     p.entropy[row] = T(log_sum + s.moment / (1 + rest));
-    p.argmax[row] = first_at(p, row, s.m);
+    p.argmax[row] = argmax_of(p, row);
   }
 }
 
@@ -213,7 +218,7 @@ CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
     V<T> r;
     if (kIndex) {
       r = e * coefficient;
-      if (smooth) {
+      if (smooth && g.m == g.m) {  // a row of nan stays one
         const V<T> u = w ? load(w + i, k, T(0)) * subtract : splat(subtract);
         r = x == none ? V<T>{} : r - u;
       }
@@ -262,8 +267,9 @@ CROSSENT_INLINE T target_entry(const Problem<T>& p, int64_t target, T z, const R
       z == g.m ? double(g.inverse) : std::exp(double(z) - double(g.m)) * double(g.inverse);
   const double others = z == g.m ? double(g.rest_share) : 1 - probability;
   const double smooth = double(g.uniform) * double(g.uniform_mass) + double(g.tilt);
+  const bool shut = z == -std::numeric_limits<T>::infinity();  // no share of the smoothing
   double entry = double(g.up) * (smooth * probability - double(g.keep) * w * others -
-                                 double(g.uniform) * w);
+                                 (shut ? 0 : double(g.uniform) * w));
   if (p.mapped()) entry *= double(map_slope<T>(splat(z), p.options)[0]);
   return T(entry);
 }

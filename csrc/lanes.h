@@ -308,8 +308,11 @@ CROSSENT_INLINE void backward_tile(const Problem<T>& p, int64_t row, int count) 
   if (p.by_index()) {  // the targets' entries: minus the share of the others, see target_entry
     const V<T> w = load(weights), prob = e_target * inverse;
     const V<T> others = e_target == T(1) ? rest_share : T(1) - prob;
+    alignas(64) T shares[L];  // of the smoothing; a masked target has none
+    for (int l = 0; l < L; ++l)
+      shares[l] = targets[l] >= 0 && z[targets[l]][l] == none[0] ? T(0) : uniforms[l];
     const V<T> entry = up * (((uniform * load(uniform_masses)) + tilt) * prob -
-                             keep * w * others - uniform * w);
+                             keep * w * others - load(shares) * w);
     for (int l = 0; l < count; ++l) {
       if (targets[l] < 0) continue;
       T slope = 1;

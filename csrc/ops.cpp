@@ -115,6 +115,8 @@ const crossent::Kernels& kernels() {
       return crossent::kAvx512;
     if ((any || name == "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       return crossent::kAvx2;
+    STD_TORCH_CHECK(any || name == "portable", "CROSSENT_ISA: expected portable, avx2 or avx512, and "
+                    "a machine that has it, got ", name);
 #endif
     return crossent::kPortable;
   }();
@@ -132,6 +134,7 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 template <class T>
 Forward run_forward(const Tensor& logits, crossent::Problem<T> p, ScalarType dtype, bool stats) {
+  kernels();  // an error about them belongs to the caller's thread
   std::vector<int64_t> shape(logits.sizes().begin(), logits.sizes().end() - 1);
   std::vector<int64_t> several = shape, none = {0};
   several.push_back(p.saved_count());

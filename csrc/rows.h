@@ -6,8 +6,8 @@
 //
 //   lse = m + log1p(rest),   -log p_c = (m - z_c) + log1p(rest).
 //
-// Order of summation depends on the number of classes alone: results are the same bits for every
-// batch and every number of threads.
+// Order of summation depends on the number of classes and on whether they are next to each other: results
+// are the same bits for every batch of that layout and every number of threads.
 #pragma once
 
 #include "vec.h"

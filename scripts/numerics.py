@@ -72,8 +72,9 @@ not counted. The sums of rows of rounded half-precision gradients are shown, but
 - exp(z - m) gets back what the subtraction lost: at a gap of 80 its rounding alone would cost
   32 ulp. The lost part is known exactly (two-sum) and put back to first order.
 - The gradient is e / sum, not exp(z - lse); the target's entry is minus the sum of the others.
-- Sums run in an order that depends on the length of the row alone, so a row's result does not
-  depend on its batch or on the number of threads. The kernels add blocks of 2048 classes in double.
+- Sums run in an order that depends on the length of the row and its layout alone, so a row's result
+  does not depend on the other rows or on the number of threads. The kernels add blocks of 2048
+  classes in double.
 
 Source: Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions",
 IMA J. Numer. Anal. 41 (2021).

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import crossent
 
+TORCHS = F.cross_entropy
 X, T = torch.randn(4, 5), torch.tensor([0, 1, -100, 4])
 
 
@@ -100,6 +101,29 @@ def test_patches_nest():
             pass
         assert F.cross_entropy is not torchs
     assert F.cross_entropy is torchs
+
+
+def test_patches_may_be_undone_in_any_order_and_entered_again():
+    torchs = F.cross_entropy
+    first, second = crossent.patch(), crossent.patch()
+    first.undo()
+    assert F.cross_entropy is not torchs
+    second.undo()
+    assert F.cross_entropy is torchs
+    with second:
+        assert F.cross_entropy is not torchs
+    assert F.cross_entropy is torchs
+
+
+def test_a_later_patch_of_someone_else_stays(monkeypatch):
+    patched = crossent.patch()
+    before = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *_: "theirs")
+    patched.undo()
+    assert F.cross_entropy(1, 2) == "theirs"
+    monkeypatch.undo()
+    assert F.cross_entropy is before  # monkeypatch puts back what it found: ours
+    F.cross_entropy = TORCHS
 
 
 def test_patched_signature_is_torchs():

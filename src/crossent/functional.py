@@ -113,7 +113,9 @@ def cross_entropy(
         return_dtype: dtype of the loss; None is torch's rule (that of input; under autocast
             float32). torch.float32 keeps the loss of half-precision logits exact.
         return_stats: return ``(loss, Stats)``; see :class:`crossent.Stats`.
-        reuse_input: allow backward to write the gradient into the memory of input.
+        reuse_input: allow backward to write the gradient into the memory of input, which is lost:
+            use it where nothing else reads the logits. What needs them later gets autograd's error
+            about a tensor modified in place.
         backend: "auto", or the name of a backend that must serve.
 
     Returns:

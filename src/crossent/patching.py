@@ -34,6 +34,10 @@ def cross_entropy(
     )
 
 
+_active: list[patch] = []
+_torchs: list[Any] = []  # what stood there before the first of them
+
+
 class patch:
     """Make ``torch.nn.functional.cross_entropy`` and ``torch.nn.CrossEntropyLoss`` ours.
 
@@ -52,15 +56,27 @@ class patch:
     """
 
     def __init__(self) -> None:
-        self._before: Any = F.cross_entropy
-        F.cross_entropy = cross_entropy
+        self._apply()
+
+    def _apply(self) -> None:
+        if not _active:
+            _torchs.append(F.cross_entropy)
+            F.cross_entropy = cross_entropy
+        _active.append(self)
 
     def undo(self) -> None:
-        """Put back what stood there before; a second call does nothing."""
-        if self._before is not None:
-            F.cross_entropy, self._before = self._before, None
+        """Put back torch's, once no other patch is left; a second call does nothing."""
+        if self not in _active:
+            return
+        _active.remove(self)
+        if not _active:
+            before = _torchs.pop()
+            if F.cross_entropy is cross_entropy:  # else someone has patched it since: theirs stays
+                F.cross_entropy = before
 
     def __enter__(self) -> patch:
+        if self not in _active:
+            self._apply()
         return self
 
     def __exit__(

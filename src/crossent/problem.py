@@ -55,10 +55,6 @@ class Problem:
         """The options of the call."""
         return self.logits.options
 
-    def with_logits(self, rows: Tensor) -> Problem:
-        """The same problem about other logits of the same shape."""
-        return replace(self, logits=replace(self.logits, rows=rows))
-
     def verified(self) -> Problem:
         """The same problem, once its targets have been looked at, where that can be done.
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from .. import ops as ops  # the schemas must stand before the kernels are loaded
+from ..problem import Problem
 from ..readable import readable
 from ..rows import Rows, Stats
 
-if TYPE_CHECKING:
-    from ..problem import Problem
-
+_NOTHING = torch.empty(0)
+_MOST_AXES = 8  # as Layout::kMaxRank in csrc/problem.h
 _BINARY = Path(__file__).parent.parent / "_kernels.abi3.so"
 
 
@@ -45,11 +47,13 @@ def cannot(problem: Problem) -> str:
 
 
 def hands_over(problem: Problem) -> str:
-    """What about this call needs derivatives that only the reference has; empty if nothing."""
+    """What about this call only the reference can do, above all derivatives; empty if nothing."""
     if _functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms need a differentiable path"
     if forward_ad._current_level >= 0:
         return "forward mode needs a differentiable path"
+    if problem.logits.rows.dim() - 1 > _MOST_AXES:
+        return f"the logits have more than {_MOST_AXES} axes besides the classes"
     if isinstance(problem.options.logit_scale, Tensor):
         return "logit_scale is a tensor"
     factors = (problem.target, problem.weight, problem.sample_weight)
@@ -112,7 +116,9 @@ class _Fused(torch.autograd.Function):
         """Rows of loss, and what the operator returns beside them."""
         out: tuple[Tensor, ...] = torch.ops.crossent.forward(*arguments)
         ctx.save_for_backward(*arguments[:4], out[2])
-        ctx.problem, ctx.differentiable, ctx.options = problem, differentiable, arguments[5:10]
+        # No tensor is kept but those saved: they are watched for changes, offloaded, and let go.
+        ctx.recipe = (replace(problem.logits, rows=_NOTHING), problem.by_index, problem.cut)
+        ctx.differentiable, ctx.options = differentiable, arguments[5:10]
         ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)
         return out
@@ -123,24 +129,36 @@ class _Fused(torch.autograd.Function):
         upstream = upstreams[0]
         if upstream is None:
             return None, None, None, None
-        logits, target, weight, sample_weight, saved = ctx.saved_tensors
+        logits, *others = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: this gradient will be differentiated
-            return _differentiable_gradient(ctx, logits, upstream), None, None, None
-        rest = (target, weight, sample_weight, saved, *ctx.options)
-        if ctx.problem.options.reuse_input and _may_overwrite(logits):
+            return _differentiable_gradient(ctx, upstream), None, None, None
+        rest = (*others, *ctx.options)
+        batched = _functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched
+        batched |= _functorch.is_functorch_wrapped_tensor(upstream)
+        if ctx.recipe[0].options.reuse_input and not batched and _may_overwrite(logits):
             memory = logits.detach()
             torch.ops.crossent.backward_(memory, upstream, *rest)
+            increment_version(logits)  # whoever still needs the logits gets an error, not gradients
             return memory, None, None, None
         return torch.ops.crossent.backward(upstream, logits, *rest), None, None, None
 
 
-def _differentiable_gradient(ctx: Any, logits: Tensor, upstream: Tensor) -> Tensor:
+def _differentiable_gradient(ctx: Any, upstream: Tensor) -> Tensor:
     """The same gradient through the reference, whose graph autograd can follow."""
-    loss = ctx.differentiable(ctx.problem.with_logits(logits)).loss
-    (gradient,) = torch.autograd.grad(loss, logits, upstream, create_graph=True)
+    logits, target, weight, sample_weight, _ = ctx.saved_tensors
+    frame, by_index, cut = ctx.recipe
+    problem = Problem(replace(frame, rows=logits), target, by_index, weight, sample_weight, cut)
+    loss = ctx.differentiable(problem).loss
+    gradient: Tensor = torch.autograd.grad(loss, logits, upstream, create_graph=True)[0]
     return gradient
 
 
 def _may_overwrite(logits: Tensor) -> bool:
-    """Whether each logit has memory of its own."""
-    return all(s != 0 or n == 1 for n, s in zip(logits.shape, logits.stride(), strict=True))
+    """Whether each logit has memory of its own: no axis steps into the extent of a finer one."""
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return False
+            extent += stride * (size - 1)
+    return True
