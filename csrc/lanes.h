@@ -117,15 +117,31 @@ CROSSENT_INLINE void log1p_lanes(double, const double* x, double* out) {
   for (int l = 0; l < kLanes<double>; ++l) out[l] = std::log1p(x[l]);
 }
 
-// Sums over the classes for every lane, in four partial sums so that they keep their digits.
+// A sum for every lane, and what rounding took from it.
+template <class T>
+struct LaneSum {
+  V<T> sum, lost;
+
+  CROSSENT_INLINE double operator[](int l) const { return double(sum[l]) + double(lost[l]); }
+};
+// Sums over the classes for every lane: eight terms pairwise, then these with their rounding errors
+// kept (Knuth's two-sum), so that the sum is as exact as its terms.
 template <class T, class F>
-CROSSENT_INLINE V<T> sum_classes(int classes, F term) {
-  V<T> s[4] = {};
+CROSSENT_INLINE LaneSum<T> sum_classes(int classes, F term) {
+  LaneSum<T> s{};
+  const auto add = [&](V<T> x) __attribute__((always_inline)) {
+    const V<T> sum = s.sum + x, part = sum - s.sum;
+    s.lost += (s.sum - (sum - part)) + (x - part);
+    s.sum = sum;
+  };
   int c = 0;
-  for (; c + 4 <= classes; c += 4)
-    for (int k = 0; k < 4; ++k) s[k] += term(c + k);
-  for (; c < classes; ++c) s[c & 3] += term(c);
-  return (s[0] + s[1]) + (s[2] + s[3]);
+  for (; c + 8 <= classes; c += 8) {
+    V<T> t[8];
+    for (int k = 0; k < 8; ++k) t[k] = term(c + k);
+    add(((t[0] + t[1]) + (t[2] + t[3])) + ((t[4] + t[5]) + (t[6] + t[7])));
+  }
+  for (; c < classes; ++c) add(term(c));
+  return s;
 }
 
 template <class T>
@@ -166,12 +182,12 @@ CROSSENT_INLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
   huge = ~(size <= Exp<T>::kHuge) | nan;
   const TwoSum<T> origin(huge ? V<T>{} : m);
   I<T> ties = {};
-  const V<T> below = sum_classes<T>(classes, [&](int c) __attribute__((always_inline)) {
+  const LaneSum<T> below = sum_classes<T>(classes, [&](int c) __attribute__((always_inline)) {
     const I<T> tie = z[c] == m;
     ties -= tie;
     return tie ? V<T>{} : origin.template exp<false>(z[c]);
   });
-  V<T> moment = {};
+  LaneSum<T> moment{};
   if (o.stats)
     moment = sum_classes<T>(classes, [&](int c) __attribute__((always_inline)) {
       return origin.template exp<false>(z[c]) * (origin.m - origin.clamp(z[c]));
@@ -198,7 +214,7 @@ CROSSENT_INLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
   if (p.plain() && !o.stats && o.z_loss == 0) {
     double rest[L], log_sum[L];
     for (int l = 0; l < L; ++l)
-      rest[l] = double(below[l]) * double(Exp<T>::kUnscale) + double(ties[l] - 1);
+      rest[l] = below[l] * double(Exp<T>::kUnscale) + double(ties[l] - 1);
     log1p_lanes(T(), rest, log_sum);
     for (int l = 0; l < count; ++l) {
       const int64_t target = p.index(row + l);
@@ -226,8 +242,8 @@ CROSSENT_INLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
     } else {
       RowState<T> s;
       s.m = m[l];
-      s.rest = double(below[l]) * double(Exp<T>::kUnscale) + double(ties[l] - 1);
-      s.moment = double(moment[l]) * double(Exp<T>::kUnscale);
+      s.rest = below[l] * double(Exp<T>::kUnscale) + double(ties[l] - 1);
+      s.moment = moment[l] * double(Exp<T>::kUnscale);
       s.mass = given.mass[l], s.gap = given.gap[l];
       s.plain_mass = plain.mass[l], s.plain_gap = plain.gap[l];
       s.uniform_mass = uniform.mass[l], s.uniform_gap = uniform.gap[l], s.open = open[l];
