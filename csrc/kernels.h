@@ -126,8 +126,8 @@ CROSSENT_INLINE double log1p_(double, double x) { return std::log1p(x); }
 
 template <class T>
 CROSSENT_INLINE void skip_row(const Problem<T>& p, int64_t row) {
-  for (int k = 0, n = p.saved_count(); k < n; ++k) p.saved[row * n + k] = 0;
-  p.loss[row] = p.mass[row] = 0;
+  for (int k = 0; k < p.saved_count(); ++k) p.saved_at(row, Saved(k)) = 0;
+  p.loss[row - p.first] = p.mass[row - p.first] = 0;
   if (p.options.stats) p.lse[row] = p.log_prob[row] = p.entropy[row] = 0, p.argmax[row] = -1;
 }
 
@@ -135,7 +135,6 @@ CROSSENT_INLINE void skip_row(const Problem<T>& p, int64_t row) {
 template <class T>
 CROSSENT_INLINE void finish_row(const Problem<T>& p, int64_t row, int64_t target, RowState<T> s) {
   const Options& o = p.options;
-  T* saved = p.saved + row * p.saved_count();
   const double nan = std::numeric_limits<double>::quiet_NaN();
   if (s.nan || s.m == -std::numeric_limits<T>::infinity()) s.m = T(nan), s.rest = nan;
 
@@ -160,11 +159,13 @@ CROSSENT_INLINE void finish_row(const Problem<T>& p, int64_t row, int64_t target
   }
   if (o.z_loss != 0) loss += o.z_loss * lse * lse;
   const double factor = p.sample_weight.data ? double(p.sample_weight(row)) : 1;
-  p.loss[row] = T(times(factor, loss));
-  p.mass[row] = T(mass * factor);
-  saved[kMaximum] = s.m, saved[kRest] = T(rest);
-  if (!p.plain())
-    saved[kMass] = T(a_mass), saved[kOpen] = T(s.open), saved[kUniformMass] = T(s.uniform_mass);
+  p.loss[row - p.first] = T(times(factor, loss));
+  p.mass[row - p.first] = T(mass * factor);
+  p.saved_at(row, kMaximum) = s.m, p.saved_at(row, kRest) = T(rest);
+  if (!p.plain()) {
+    p.saved_at(row, kMass) = T(a_mass), p.saved_at(row, kOpen) = T(s.open);
+    p.saved_at(row, kUniformMass) = T(s.uniform_mass);
+  }
   if (o.stats) {
     p.lse[row] = T(lse), p.log_prob[row] = T(-plain);
     p.entropy[row] = T(log_sum + s.moment / (1 + rest));
@@ -173,7 +174,7 @@ CROSSENT_INLINE void finish_row(const Problem<T>& p, int64_t row, int64_t target
 }
 
 template <class T>
-CROSSENT_INLINE void forward_row(const Problem<T>& p, int64_t row) {
+CROSSENT_APART void forward_row(const Problem<T>& p, int64_t row) {
   const int64_t target = p.by_index() ? p.index(row) : 0;
   if (p.by_index() && target == p.options.ignore_index) return skip_row(p, row);
   RowState<T> s;
@@ -210,50 +211,54 @@ CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
   const T coefficient = g.up * (g.mass + g.tilt) * g.inverse;
   const T subtract = g.up * g.uniform;
   const bool smooth = g.uniform != 0, mapped = o.logit_scale != 1 || o.softcap != 0;
-  for (int i = 0; i < n; i += L) {
-    const int k = n - i < L ? n - i : L;
-    next(i, L);
-    const V<T> x = k == L ? load(z + i) : load(z + i, k, -std::numeric_limits<T>::infinity());
+  const auto step = [&](V<T> x, V<T> u, V<T> a) __attribute__((always_inline)) {
     const V<T> e = origin.template exp<kHuge>(x) * Exp<T>::kUnscale;
     V<T> r;
     if (kIndex) {
       r = e * coefficient;
-      if (smooth && g.m == g.m) {  // a row of nan stays one
-        const V<T> u = w ? load(w + i, k, T(0)) * subtract : splat(subtract);
-        r = x == none ? V<T>{} : r - u;
-      }
+      if (smooth && g.m == g.m) r = x == none ? V<T>{} : r - u * subtract;  // a row of nan stays one
     } else {
-      V<T> a = load(y + i, k, T(0));
       if (smooth) a = a * g.keep + (x == none ? V<T>{} : splat(g.uniform));
-      if (w) a = a * load(w + i, k, T(0));
+      a = a * u;
       const V<T> p = e * g.inverse;
       const V<T> others = x == origin.m ? splat(g.rest_share) : T(1) - p;
       r = (((g.mass - a) + g.tilt) * p - a * others) * g.up;
     }
-    if (mapped) r = r * map_slope<T>(x, o);
-    if (k == L) store(out + i, r);
-    else store(out + i, k, r);
+    return mapped ? r * map_slope<T>(x, o) : r;
+  };
+  const V<T> one = splat(T(1));
+  // The last vector overlaps the one before; it is read first, for `out` may be where z is.
+  const int tail = n < L ? 0 : n - L;
+  const V<T> last = n < L ? load(z, n, none[0]) : load(z + tail);
+  int i = 0;
+  for (; i + L <= n; i += L) {
+    next(i, L);
+    store(out + i, step(load(z + i), w ? load(w + i) : one, kIndex ? one : load(y + i)));
   }
+  if (i == n) return;
+  if (n < L)
+    store(out, n, step(last, w ? load(w, n, T(0)) : one, kIndex ? one : load(y, n, T(0))));
+  else
+    store(out + tail, step(last, w ? load(w + tail) : one, kIndex ? one : load(y + tail)));
 }
 
 template <class T>
 CROSSENT_INLINE RowGradient<T> prepare_gradient(const Problem<T>& p, int64_t row, int64_t target) {
   const Options& o = p.options;
-  const T* saved = p.saved + row * p.saved_count();
-  const double rest = saved[kRest], total = 1 + rest;
+  const double rest = p.saved_at(row, kRest), total = 1 + rest;
   const double factor = p.sample_weight.data ? double(p.sample_weight(row)) : 1;
   RowGradient<T> g{};
-  g.m = saved[kMaximum], g.inverse = T(1 / total), g.rest_share = T(rest / total);
+  g.m = p.saved_at(row, kMaximum), g.inverse = T(1 / total), g.rest_share = T(rest / total);
   g.up = T(double(p.upstream(row)) * factor), g.keep = T(1 - o.label_smoothing);
   if (o.z_loss != 0) g.tilt = T(2 * o.z_loss * (double(g.m) + log1p_(T(), rest)));
   if (p.plain()) {
     const bool wrong = target < 0 || target >= p.classes;
     g.mass = wrong ? std::numeric_limits<T>::quiet_NaN() : p.weight ? p.weight[target] : T(1);
   } else {
-    g.mass = saved[kMass];
+    g.mass = p.saved_at(row, kMass);
     if (o.label_smoothing != 0) {
-      g.uniform = T(o.label_smoothing / double(saved[kOpen]));
-      g.uniform_mass = saved[kUniformMass];
+      g.uniform = T(o.label_smoothing / double(p.saved_at(row, kOpen)));
+      g.uniform_mass = p.saved_at(row, kUniformMass);
     }
   }
   return g;
@@ -275,7 +280,7 @@ CROSSENT_INLINE T target_entry(const Problem<T>& p, int64_t target, T z, const R
 }
 
 template <class T>
-CROSSENT_INLINE void backward_row(const Problem<T>& p, int64_t row) {
+CROSSENT_APART void backward_row(const Problem<T>& p, int64_t row) {
   alignas(64) T buffer[kBlock], target[kBlock], result[kBlock];
   const int64_t t = p.by_index() ? p.index(row) : -1;
   const Tensor2& out = p.gradient;

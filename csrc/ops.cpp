@@ -71,6 +71,12 @@ crossent::Tensor1<const T> numbers_of(const MaybeTensor& t) {
   return {static_cast<const T*>(t->data_ptr()), layout_of(*t, 0)};
 }
 
+int64_t count_rows(const Tensor& logits) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < logits.dim(); ++i) rows *= logits.size(i);
+  return rows;
+}
+
 struct Numbers {
   int64_t ignore_index;
   double label_smoothing, z_loss, softcap, logit_scale;
@@ -83,6 +89,7 @@ crossent::Problem<T> problem_of(const Tensor& logits, const Tensor& target,
                                 const Numbers& n) {
   crossent::Problem<T> p{};
   p.classes = logits.size(logits.dim() - 1);
+  p.rows = count_rows(logits);
   p.logits = rows_of(logits);
   if (target.dim() == logits.dim()) {
     p.probabilities = rows_of(target);
@@ -94,12 +101,6 @@ crossent::Problem<T> problem_of(const Tensor& logits, const Tensor& target,
   p.sample_weight = numbers_of<T>(sample_weight);
   p.options = {n.ignore_index, n.label_smoothing, n.z_loss, n.softcap, n.logit_scale, n.stats};
   return p;
-}
-
-int64_t count_rows(const Tensor& logits) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < logits.dim(); ++i) rows *= logits.size(i);
-  return rows;
 }
 
 // The kernels for this machine, or those that CROSSENT_ISA names (to test the others).
@@ -124,59 +125,37 @@ const crossent::Kernels& kernels() {
 }
 
 template <class T, class F>
-void for_rows(const crossent::Problem<T>& p, int64_t rows, F run) {
+void for_rows(const crossent::Problem<T>& p, F run) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, p.classes));
-  torch::stable::parallel_for(0, rows, grain,
+  torch::stable::parallel_for(0, p.rows, grain,
                               [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Rows that are summed as one block: a function of the classes alone, so that the sum of a batch has
+// the same bits on any number of threads. A multiple of every vector's lanes, or one.
+constexpr int64_t kMostRows = 1024;
+int64_t rows_a_block(int64_t classes) {
+  const int64_t rows = kGrain / std::max<int64_t>(1, classes);
+  return rows >= kMostRows ? kMostRows : rows >= 16 ? rows / 16 * 16 : 1;
+}
 
 template <class T>
-Forward run_forward(const Tensor& logits, crossent::Problem<T> p, ScalarType dtype, bool stats) {
-  kernels();  // an error about them belongs to the caller's thread
-  std::vector<int64_t> shape(logits.sizes().begin(), logits.sizes().end() - 1);
-  std::vector<int64_t> several = shape, none = {0};
-  several.push_back(p.saved_count());
-  const auto fresh = [&](const std::vector<int64_t>& size, ScalarType type) {
-    return torch::stable::new_empty(logits, size, type);
-  };
-  const auto& shown = stats ? shape : none;
-  Forward out{fresh(shape, dtype), fresh(shape, dtype), fresh(several, dtype), fresh(shown, dtype),
-              fresh(shown, dtype), fresh(shown, dtype), fresh(shown, ScalarType::Long),
-              fresh({}, ScalarType::Long)};
-  p.loss = static_cast<T*>(std::get<0>(out).data_ptr());
-  p.mass = static_cast<T*>(std::get<1>(out).data_ptr());
-  p.saved = static_cast<T*>(std::get<2>(out).data_ptr());
-  p.wrong = static_cast<int64_t*>(std::get<7>(out).data_ptr());
-  *p.wrong = 0;
-  if (stats) {
-    p.lse = static_cast<T*>(std::get<3>(out).data_ptr());
-    p.log_prob = static_cast<T*>(std::get<4>(out).data_ptr());
-    p.entropy = static_cast<T*>(std::get<5>(out).data_ptr());
-    p.argmax = static_cast<int64_t*>(std::get<6>(out).data_ptr());
-  }
-  for_rows(p, count_rows(logits), [](const auto& q, int64_t begin, int64_t end) {
-    if constexpr (sizeof(T) == 4) kernels().forward32(q, begin, end);
-    else kernels().forward64(q, begin, end);
-  });
-  return out;
+double sum_of(const T* x, int64_t n) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int k = 0; k < 8; ++k) sums[k] += x[i + k];
+  for (; i < n; ++i) sums[i % 8] += x[i];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-Forward forward(const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
-                const MaybeTensor& sample_weight, bool wide, int64_t ignore_index,
-                double label_smoothing, double z_loss, double softcap, double logit_scale,
-                bool stats) {
-  const Numbers n{ignore_index, label_smoothing, z_loss, softcap, logit_scale, stats};
-  if (wide)
-    return run_forward(logits, problem_of<double>(logits, target, weight, sample_weight, n),
-                       ScalarType::Double, stats);
-  return run_forward(logits, problem_of<float>(logits, target, weight, sample_weight, n),
-                     ScalarType::Float, stats);
-}
+template <class T>
+constexpr ScalarType kDtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
-void advise_huge_pages(void* data, int64_t bytes) {
+void advise_huge_pages(const Tensor& t) {
 #ifdef __linux__
+  const int64_t bytes = t.numel() * int64_t(t.element_size());
+  const void* data = t.data_ptr();
   if (bytes < kHugeBytes) return;
   constexpr uintptr_t page = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
@@ -185,13 +164,114 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// Fresh memory, in large pages where it is large: for small ones, the system clears page after page.
+Tensor fresh(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(like, shape, dtype);
+  advise_huge_pages(t);
+  return t;
+}
+
+std::vector<int64_t> rows_shape(const Tensor& logits) {
+  return {logits.sizes().begin(), logits.sizes().end() - 1};
+}
+
+template <class T>
+Tensor fresh_saved(const Tensor& logits, crossent::Problem<T>& p) {
+  kernels();  // an error about them belongs to the caller's thread
+  std::vector<int64_t> shape = rows_shape(logits);
+  shape.insert(shape.begin(), p.saved_count());
+  const Tensor saved = fresh(logits, shape, kDtype<T>);
+  p.saved = static_cast<T*>(saved.data_ptr());
+  return saved;
+}
+
+template <class T>
+void run_forward(const crossent::Problem<T>& p, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == 4) kernels().forward32(p, begin, end);
+  else kernels().forward64(p, begin, end);
+}
+
+using Rows = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Rows forward_rows(const Tensor& logits, crossent::Problem<T> p) {
+  const std::vector<int64_t> shape = rows_shape(logits), none = {0};
+  const auto& shown = p.options.stats ? shape : none;
+  const Tensor saved = fresh_saved(logits, p);
+  Rows out{fresh(logits, shape, kDtype<T>), fresh(logits, shape, kDtype<T>), saved,
+           fresh(logits, shown, kDtype<T>), fresh(logits, shown, kDtype<T>),
+           fresh(logits, shown, kDtype<T>), fresh(logits, shown, ScalarType::Long),
+           fresh(logits, {}, ScalarType::Long)};
+  p.loss = static_cast<T*>(std::get<0>(out).data_ptr());
+  p.mass = static_cast<T*>(std::get<1>(out).data_ptr());
+  p.wrong = static_cast<int64_t*>(std::get<7>(out).data_ptr());
+  *p.wrong = 0;
+  if (p.options.stats) {
+    p.lse = static_cast<T*>(std::get<3>(out).data_ptr());
+    p.log_prob = static_cast<T*>(std::get<4>(out).data_ptr());
+    p.entropy = static_cast<T*>(std::get<5>(out).data_ptr());
+    p.argmax = static_cast<int64_t*>(std::get<6>(out).data_ptr());
+  }
+  for_rows(p, [](const auto& q, int64_t begin, int64_t end) { run_forward(q, begin, end); });
+  return out;
+}
+
+// Sums of loss and mass and the number of wrong targets, without either of them ever being stored:
+// blocks of rows one after the other, whatever thread they are on, then the sums of the blocks.
+template <class T>
+std::tuple<Tensor, Tensor> forward_total(const Tensor& logits, crossent::Problem<T> p) {
+  const Tensor saved = fresh_saved(logits, p);
+  const Tensor totals = torch::stable::new_empty(logits, {3}, ScalarType::Double);
+  int64_t wrong = 0;
+  p.wrong = &wrong;
+  const int64_t size = rows_a_block(p.classes), blocks = (p.rows + size - 1) / size;
+  struct Sums {
+    double loss, mass;
+  };
+  std::vector<Sums> sums(blocks);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, p.classes * size));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
+    T loss[kMostRows], mass[kMostRows];
+    for (int64_t b = first; b < last; ++b) {
+      crossent::Problem<T> q = p;
+      const int64_t begin = b * size, end = std::min(p.rows, begin + size);
+      q.first = begin, q.loss = loss, q.mass = mass;
+      run_forward(q, begin, end);
+      sums[b] = {sum_of(loss, end - begin), sum_of(mass, end - begin)};
+    }
+  });
+  double loss = 0, mass = 0;
+  for (const Sums& s : sums) loss += s.loss, mass += s.mass;
+  double* out = static_cast<double*>(totals.data_ptr());
+  out[0] = loss, out[1] = mass, out[2] = double(wrong);
+  return {totals, saved};
+}
+
+Rows forward(const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+             const MaybeTensor& sample_weight, bool wide, int64_t ignore_index,
+             double label_smoothing, double z_loss, double softcap, double logit_scale,
+             bool stats) {
+  const Numbers n{ignore_index, label_smoothing, z_loss, softcap, logit_scale, stats};
+  return wide ? forward_rows(logits, problem_of<double>(logits, target, weight, sample_weight, n))
+              : forward_rows(logits, problem_of<float>(logits, target, weight, sample_weight, n));
+}
+
+std::tuple<Tensor, Tensor> total(const Tensor& logits, const Tensor& target,
+                                 const MaybeTensor& weight, const MaybeTensor& sample_weight,
+                                 bool wide, int64_t ignore_index, double label_smoothing,
+                                 double z_loss, double softcap, double logit_scale) {
+  const Numbers n{ignore_index, label_smoothing, z_loss, softcap, logit_scale, false};
+  return wide ? forward_total(logits, problem_of<double>(logits, target, weight, sample_weight, n))
+              : forward_total(logits, problem_of<float>(logits, target, weight, sample_weight, n));
+}
+
 template <class T>
 void run_backward(const Tensor& upstream, crossent::Problem<T> p, const Tensor& saved,
                   const Tensor& gradient) {
   p.upstream = numbers_of<T>(upstream);
   p.saved = static_cast<T*>(saved.data_ptr());
   p.gradient = rows_of(gradient);
-  for_rows(p, count_rows(gradient), [](const auto& q, int64_t begin, int64_t end) {
+  for_rows(p, [](const auto& q, int64_t begin, int64_t end) {
     if constexpr (sizeof(T) == 4) kernels().backward32(q, begin, end);
     else kernels().backward64(q, begin, end);
   });
@@ -215,7 +295,7 @@ Tensor backward(const Tensor& upstream, const Tensor& logits, const Tensor& targ
                 int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
                 double logit_scale) {
   Tensor gradient = torch::stable::empty_like(logits);
-  advise_huge_pages(gradient.data_ptr(), gradient.numel() * int64_t(gradient.element_size()));
+  advise_huge_pages(gradient);
   backward_into(gradient, upstream, logits, target, weight, sample_weight, saved, ignore_index,
                 label_smoothing, z_loss, softcap, logit_scale);
   return gradient;
@@ -233,6 +313,7 @@ void backward_(Tensor logits, const Tensor& upstream, const Tensor& target,
 
 STABLE_TORCH_LIBRARY_IMPL(crossent, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
+  m.impl("total", TORCH_BOX(&total));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("backward_", TORCH_BOX(&backward_));
 }

@@ -5,6 +5,8 @@
 #include <cstdint>
 
 #define CROSSENT_INLINE inline __attribute__((always_inline))
+// For what a row or a tile is done by: one function each, so that neither takes the other's registers.
+#define CROSSENT_APART __attribute__((noinline))
 
 namespace crossent {
 
@@ -55,6 +57,10 @@ struct Tensor1 {  // one number a row; null where there is none
   Layout rows;
 
   CROSSENT_INLINE T operator()(int64_t row) const { return data[rows(row)]; }
+  // Those of `row` and the rows after it where they lie next to each other, else null.
+  CROSSENT_INLINE const T* run(int64_t row) const {
+    return rows.rank == 1 && rows.stride[0] == 1 ? data + row : nullptr;
+  }
 };
 
 struct Options {
@@ -75,7 +81,10 @@ struct Problem {
   const T* weight = nullptr;    // class weights
   Tensor1<const T> sample_weight;
   Options options;
-  // Outputs of forward, one a row, contiguous; statistics null where not wanted.
+  int64_t rows;                 // how many there are
+  // Outputs of forward, contiguous: one number a row, loss and mass from row `first` on; of what is
+  // saved, first all the maxima, then all the rests, and so on. Statistics null where not wanted.
+  int64_t first = 0;
   T *loss, *mass, *saved, *lse, *log_prob, *entropy;
   int64_t* argmax;
   int64_t* wrong;  // set to one if a target is neither a class nor ignored
@@ -85,6 +94,7 @@ struct Problem {
 
   CROSSENT_INLINE bool by_index() const { return probabilities.data == nullptr; }
   CROSSENT_INLINE bool plain() const { return by_index() && options.label_smoothing == 0; }
+  CROSSENT_INLINE T& saved_at(int64_t row, Saved what) const { return saved[what * rows + row]; }
   CROSSENT_INLINE int saved_count() const { return plain() ? kPlainSaved : kSaved; }
   CROSSENT_INLINE bool mapped() const { return options.logit_scale != 1 || options.softcap != 0; }
 };

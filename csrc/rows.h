@@ -39,7 +39,7 @@ CROSSENT_INLINE T block_max(const T* z, int n) {
     m1 = b > m1 ? b : m1;
   }
   for (; i < n; i += L) {
-    const V<T> a = i + L <= n ? load(z + i) : load(z + i, n - i, lowest);
+    const V<T> a = i + L <= n ? load(z + i) : load_tail(z, n, lowest);
     m0 = a > m0 ? a : m0;
   }
   m0 = m0 > m1 ? m0 : m1;
@@ -75,7 +75,7 @@ CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T maximum, Ahead next) {
     step(load(z + i), s0, u0);
     step(load(z + i + L), s1, u1);
   }
-  for (; i < n; i += L) step(i + L <= n ? load(z + i) : load(z + i, n - i, lowest), s0, u0);
+  for (; i < n; i += L) step(i + L <= n ? load(z + i) : load_tail(z, n, lowest), s0, u0);
   double count = 0;
   for (int k = 0; k < L; ++k) count += double(ties[k]);
   constexpr double unscale = Exp<T>::kUnscale;
@@ -96,21 +96,24 @@ CROSSENT_INLINE BlockGap block_gap(const T* z, const T* y, const T* w, int n, T 
   const T lowest = -std::numeric_limits<T>::infinity();
   const V<T> m = splat(maximum), none = splat(lowest);
   V<T> mass = {}, gap = {}, open = {};
-  for (int i = 0; i < n; i += L) {
-    const int k = n - i < L ? n - i : L;
-    const V<T> x = load(z + i, k, lowest);
-    V<T> a = load(y ? y + i : z + i, k, T(0));
-    if (!y) {
-      V<T> ones = {};
-      for (int j = 0; j < k; ++j) ones[j] = 1;
-      a = ones;
-    }
-    if (w) a = a * load(w + i, k, T(0));
+  const auto step = [&](V<T> x, V<T> a, I<T> outside) __attribute__((always_inline)) {
     const I<T> shut = x == none;
     if (finite_only) a = shut ? V<T>{} : a;
     mass += a;
     gap += (shut & (a == T(0))) ? V<T>{} : a * (m - x);
-    open += shut ? V<T>{} : splat(T(1));
+    open += shut | outside ? V<T>{} : splat(T(1));
+  };
+  int i = 0;
+  for (; i + L <= n; i += L) {
+    V<T> a = y ? load(y + i) : splat(T(1));
+    if (w) a = a * load(w + i);
+    step(load(z + i), a, I<T>{});
+  }
+  if (i < n) {
+    const I<T> outside = outside_tail<T>(n);
+    V<T> a = y ? load_tail(y, n, T(0)) : outside ? V<T>{} : splat(T(1));
+    if (w) a = a * load_tail(w, n, T(0));
+    step(load_tail(z, n, lowest), a, outside);
   }
   return {sum_lanes<T>(mass), sum_lanes<T>(gap), sum_lanes<T>(open)};
 }

@@ -57,6 +57,20 @@ template <class T>
 CROSSENT_INLINE V<T> splat(T x) {
   return x - V<T>{};
 }
+// The last n % lanes of n numbers: in the last lanes of the vector that ends with them, or in the first
+// ones where n < lanes. The other lanes are `outside`, and hold `fill`.
+template <class T>
+CROSSENT_INLINE I<T> outside_tail(int n) {
+  constexpr int L = kLanes<T>;
+  I<T> lane;
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  return n < L ? lane >= n : lane < L - n % L;
+}
+template <class T>
+CROSSENT_INLINE V<T> load_tail(const T* p, int n, T fill) {
+  if (n < kLanes<T>) return load(p, n, fill);
+  return outside_tail<T>(n) ? splat(fill) : load(p + n - kLanes<T>);
+}
 template <class To, class From>
 CROSSENT_INLINE To bits(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -206,7 +220,7 @@ CROSSENT_INLINE V<float> tanh_(V<float> x) {
   return x == x ? t : x;
 }
 CROSSENT_INLINE V<double> tanh_(V<double> x) {
-  V<double> t;
+  V<double> t{};
   for (int i = 0; i < kLanes<double>; ++i) t[i] = std::tanh(x[i]);
   return t;
 }

@@ -1,10 +1,12 @@
 """The operators that kernels implement: schemas, fake kernels, autograd formulas.
 
 ``crossent::forward`` goes from rows of logits (*rows, V) to one loss a row, ``crossent::backward``
-to the gradient; ``backward_`` writes it into the logits. Targets are int64 (*rows), or
+to the gradient; ``backward_`` writes it into the logits. ``crossent::total`` is forward for those
+who want the sums of loss and mass alone (and how many targets are wrong): float64 (3,), the same
+bits for any number of threads. ``upstream`` is one number a row, or one for all (0-d). Targets are int64 (*rows), or
 probabilities (*rows, V). ``weight`` (V,) and ``sample_weight`` (*rows) have the computing dtype,
-which is float64 if ``wide``, else float32; a softcap of 0 is none. ``saved`` holds, for each row,
-what backward needs: maximum, sum without it; and, but for index targets without smoothing, mass of
+which is float64 if ``wide``, else float32; a softcap of 0 is none. ``saved`` holds
+what backward needs, each of these for all rows: maximum, sum without it; and, but for index targets without smoothing, mass of
 the target, unmasked classes, mass of the uniform target. ``wrong`` is one if a target is neither a
 class nor ignored; the loss of such a row is nan.
 """
@@ -27,6 +29,10 @@ _library.define(
     f"forward(Tensor logits, Tensor target, {_FACTORS}, bool wide, {_OPTIONS}, bool stats)"
     " -> (Tensor loss, Tensor mass, Tensor saved,"
     " Tensor lse, Tensor log_prob, Tensor entropy, Tensor argmax, Tensor wrong)"
+)
+_library.define(
+    f"total(Tensor logits, Tensor target, {_FACTORS}, bool wide, {_OPTIONS})"
+    " -> (Tensor totals, Tensor saved)"
 )
 _library.define(
     f"backward(Tensor upstream, Tensor logits, Tensor target, {_FACTORS}, Tensor saved,"
@@ -59,11 +65,17 @@ def _forward(
     return (
         numbers(*rows),
         numbers(*rows),
-        numbers(*rows, _PLAIN_SAVED if plain else _SAVED),
+        numbers(_PLAIN_SAVED if plain else _SAVED, *rows),
         *(numbers(*shown) for _ in range(3)),
         numbers(*shown, dtype=torch.int64),
         numbers(dtype=torch.int64),
     )
+
+
+@torch.library.register_fake("crossent::total", lib=_library)
+def _total(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    saved = _forward(logits, target, *rest, False)[2]
+    return logits.new_empty(3, dtype=torch.float64), saved
 
 
 @torch.library.register_fake("crossent::backward", lib=_library)

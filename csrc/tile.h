@@ -1,0 +1,236 @@
+// Tiles: as many rows as a vector has lanes, one in each, classes in turn. Torch-free.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace crossent::CROSSENT_ISA {
+
+constexpr int kMaxLaneClasses = 256;  // a tile of this many classes stays in the first cache
+
+// Where the rows of a tile begin, in elements; lanes past the end repeat the last row.
+template <class T>
+struct Tile {
+  static constexpr int L = kLanes<T>;
+  int64_t offset[L] = {};
+  bool unit = false;   // the rows are next to each other, class by class
+  bool dense = false;  // they are one after the other, with at least a row's classes between them
+  int64_t end = 0;     // of the memory from `offset` on that rows of this tensor are in
+
+  CROSSENT_INLINE Tile(const Tensor2& t, int64_t row, int count, int64_t rows, int64_t classes) {
+    const Layout& layout = t.rows;
+    if (layout.rank == 1 && count == L) {
+      const int64_t step = layout.stride[0];
+      for (int l = 0; l < L; ++l) offset[l] = (row + l) * step;
+      unit = step == 1;
+      dense = t.class_stride == 1 && step >= classes;
+      end = (rows - 1) * step + classes;
+      return;
+    }
+    int64_t step;
+    for (int l = 0; l < count;) {
+      const int64_t first = layout(row + l);
+      const int run = layout.run(row + l, count - l, &step);
+      for (int k = 0; k < run; ++k) offset[l + k] = first + k * step;
+      unit = run == L && step == 1;
+      l += run;
+    }
+    for (int l = count; l < L; ++l) offset[l] = offset[count - 1];
+  }
+};
+
+// x[i][j] becomes x[j][i], for as many vectors as each has lanes: blocks of s change places, for
+// s = 1, 2, 4, ...
+template <class T, int S = 1>
+CROSSENT_INLINE void transpose(V<T>* x) {
+  constexpr int L = kLanes<T>;
+  I<T> even, odd;
+  for (int j = 0; j < L; ++j) {
+    even[j] = j & S ? L + (j ^ S) : j;
+    odd[j] = j & S ? L + j : j | S;
+  }
+  for (int i = 0; i < L; ++i) {
+    if (i & S) continue;
+    const V<T> a = x[i], b = x[i | S];
+    x[i] = __builtin_shuffle(a, b, even);
+    x[i | S] = __builtin_shuffle(a, b, odd);
+  }
+  if constexpr (2 * S < L) transpose<T, 2 * S>(x);
+}
+
+// Runs f on the stored numbers, converters to and from T beside them.
+template <class T, class F>
+CROSSENT_INLINE void with_storage(const Tensor2& t, F f) {
+  switch (t.dtype) {
+    case Dtype::kFloat32:
+      return f(static_cast<float*>(t.data), [](float x) __attribute__((always_inline)) { return T(x); },
+               [](T x) __attribute__((always_inline)) { return float(x); });
+    case Dtype::kFloat64:
+      return f(static_cast<double*>(t.data), [](double x) __attribute__((always_inline)) { return T(x); },
+               [](T x) __attribute__((always_inline)) { return double(x); });
+    case Dtype::kBFloat16:
+      return f(static_cast<uint16_t*>(t.data),
+               [](uint16_t h) __attribute__((always_inline)) { return T(from_bfloat16(h)); },
+               [](T x) __attribute__((always_inline)) { return to_bfloat16(float(x)); });
+    case Dtype::kFloat16:
+      return f(static_cast<uint16_t*>(t.data),
+               [](uint16_t h) __attribute__((always_inline)) { return T(from_float16(h)); },
+               [](T x) __attribute__((always_inline)) { return to_float16(float(x)); });
+  }
+}
+
+// All classes of a tile: class c in out[c], which has room for a multiple of L of them. Rows one after
+// the other are read as they lie in memory and transposed in blocks; a block may look beyond its row,
+// but never beyond the tensor.
+template <class T>
+CROSSENT_INLINE void read_tile(const Tensor2& t, const Tile<T>& tile, int classes, V<T>* out) {
+  constexpr int L = kLanes<T>;
+  T* each = reinterpret_cast<T*>(out);
+  with_storage<T>(t, [&](const auto* p, auto from, auto) __attribute__((always_inline)) {
+    if (tile.unit)
+      for (int c = 0; c < classes; ++c)
+        for (int l = 0; l < L; ++l)
+          each[c * L + l] = from(p[tile.offset[0] + c * t.class_stride + l]);
+    else if (tile.dense && tile.offset[L - 1] + (classes + L - 1) / L * L <= tile.end)
+      for (int c = 0; c < classes; c += L) {
+        V<T> block[L];
+        for (int l = 0; l < L; ++l) {
+          alignas(64) T row[L];
+          const auto* place = p + tile.offset[l] + c;
+          __builtin_prefetch(place + (tile.offset[L - 1] - tile.offset[0]) + classes);  // next tile
+          for (int k = 0; k < L; ++k) row[k] = from(place[k]);
+          block[l] = load(row);
+        }
+        transpose<T>(block);
+        for (int k = 0; k < L; ++k) out[c + k] = block[k];
+      }
+    else
+      for (int l = 0; l < L; ++l)
+        for (int c = 0; c < classes; ++c)
+          each[c * L + l] = from(p[tile.offset[l] + c * t.class_stride]);
+  });
+}
+
+template <class T>
+CROSSENT_INLINE void map_tile(const Problem<T>& p, V<T>* z) {
+  if (!p.mapped()) return;
+  const T scale = T(p.options.logit_scale), cap = T(p.options.softcap);
+  for (int c = 0; c < p.classes; ++c) {
+    z[c] = z[c] * scale;
+    if (cap != 0) z[c] = tanh_(z[c] / cap) * cap;
+  }
+}
+
+// The rows of a tile that are meant, back to where they belong. Rows without gaps between them are
+// transposed in blocks: one that reaches beyond its row is overwritten by the next rows of the tile, so
+// it goes first; near the end of the tile numbers are written one by one.
+template <class T>
+CROSSENT_INLINE void write_tile(const Tensor2& t, const Tile<T>& tile, int classes, int count,
+                                const bool* skip, const V<T>* in) {
+  constexpr int L = kLanes<T>;
+  const T* each = reinterpret_cast<const T*>(in);
+  with_storage<T>(t, [&](auto* p, auto, auto to) __attribute__((always_inline)) {
+    if (tile.unit && !skip) {
+      for (int c = 0; c < classes; ++c)
+        for (int l = 0; l < L; ++l)
+          p[tile.offset[0] + c * t.class_stride + l] = to(each[c * L + l]);
+    } else if (tile.dense && !skip && tile.offset[1] - tile.offset[0] == classes) {
+      const int64_t end = tile.offset[L - 1] + classes;
+      const int blocks = (classes + L - 1) / L;
+      for (int b = 0; b < blocks; ++b) {
+        const int c = (b ? b - 1 : blocks - 1) * L, n = classes - c < L ? classes - c : L;
+        V<T> block[L];
+        for (int k = 0; k < L; ++k) block[k] = in[c + k];
+        transpose<T>(block);
+        for (int l = 0; l < L; ++l) {
+          alignas(64) T row[L];
+          store(row, block[l]);
+          auto* place = p + tile.offset[l] + c;
+          if (tile.offset[l] + c + L <= end)
+            for (int k = 0; k < L; ++k) place[k] = to(row[k]);
+          else
+            for (int k = 0; k < n; ++k) place[k] = to(row[k]);
+        }
+      }
+    } else {
+      for (int l = 0; l < count; ++l)
+        for (int c = 0; c < classes && !(skip && skip[l]); ++c)
+          p[tile.offset[l] + c * t.class_stride] = to(each[c * L + l]);
+    }
+  });
+}
+
+// A number of each row, one a lane; lanes past the end repeat the last row.
+template <class T>
+CROSSENT_INLINE V<T> read_numbers(const Tensor1<const T>& t, int64_t row, int count) {
+  constexpr int L = kLanes<T>;
+  if (count == L)
+    if (const T* next_to_each_other = t.run(row)) return load(next_to_each_other);
+  alignas(64) T out[L];
+  for (int l = 0; l < L; ++l) out[l] = t(row + (l < count ? l : count - 1));
+  return load(out);
+}
+// The same of what forward saved.
+template <class T>
+CROSSENT_INLINE V<T> read_saved(const Problem<T>& p, int64_t row, int count, Saved what) {
+  const T* from = &p.saved_at(row, what);
+  if (count == kLanes<T>) return load(from);
+  alignas(64) T out[kLanes<T>];
+  for (int l = 0; l < kLanes<T>; ++l) out[l] = from[l < count ? l : count - 1];
+  return load(out);
+}
+// The first `count` lanes, one number a row.
+template <class T>
+CROSSENT_INLINE void write_numbers(T* to, int count, V<T> v) {
+  if (count == kLanes<T>) return store(to, v);
+  for (int l = 0; l < count; ++l) to[l] = v[l];
+}
+
+// What the rows of a tile are scored against: a class, or -1 where the row is ignored (dead: it
+// costs nothing), where the target is no class, where it is probabilities, and in lanes past the end.
+template <class T>
+struct Targets {
+  static constexpr int L = kLanes<T>;
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  alignas(64) Int at[L];
+  I<T> target, dead;
+
+  CROSSENT_INLINE Targets(const Problem<T>& p, int64_t row, int count) {
+    if (!p.by_index()) {  // probabilities: no row is ignored, none has a class
+      dead = I<T>{}, target = dead - 1;
+      std::memcpy(at, &target, sizeof target);
+      return;
+    }
+    alignas(64) int64_t raw[L];
+    const int64_t* run = count == L ? p.index.run(row) : nullptr;
+    if (run) std::memcpy(raw, run, sizeof raw);
+    else
+      for (int l = 0; l < L; ++l) raw[l] = l < count ? p.index(row + l) : p.options.ignore_index;
+    const int64_t classes = p.classes, ignore_index = p.options.ignore_index;
+    alignas(64) Int ignored[L];
+    for (int l = 0; l < L; ++l) {
+      const bool inside = (raw[l] >= 0) & (raw[l] < classes), dead = raw[l] == ignore_index;
+      ignored[l] = Int(-int64_t(dead));
+      at[l] = Int(inside & !dead ? raw[l] : -1);
+    }
+    std::memcpy(&target, at, sizeof target);
+    std::memcpy(&dead, ignored, sizeof dead);
+  }
+  // The number of each row at its target; 0 where there is none.
+  template <class F>
+  CROSSENT_INLINE V<T> look_up(F number) const {
+    alignas(64) T out[L];
+    for (int l = 0; l < L; ++l) out[l] = number(l, int(at[l] < 0 ? 0 : at[l]));
+    return target < 0 ? V<T>{} : load(out);
+  }
+};
+
+template <class T>
+CROSSENT_INLINE bool any(I<T> mask) {
+  int64_t all = 0;
+  for (int l = 0; l < kLanes<T>; ++l) all |= mask[l];
+  return all != 0;
+}
+
+}  // namespace crossent::CROSSENT_ISA
