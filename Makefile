@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test bench docs clean
+.PHONY: help setup demo test bench docs wheel sanitize clean
 
 help:
 	@echo "make demo   train a digits classifier with crossent, beside PyTorch's loss"
 	@echo "make test   everything that CI runs: lint, types, tests, doctests, notebooks"
 	@echo "make bench  time the loss beside PyTorch's"
 	@echo "make docs   write the generated pages again (docs/numerics.md, notebooks)"
+	@echo "make wheel  build dist/*.whl and try it outside the repository"
+	@echo "make sanitize  run the kernels' tests under GCC's sanitizers"
 	@echo "make setup  the virtual environment that the others use"
 
 setup: $(READY)
@@ -38,6 +40,12 @@ bench: setup
 docs: setup
 	$(BIN)/python scripts/numerics.py
 	$(BIN)/python scripts/run_notebooks.py
+
+wheel: setup
+	$(BIN)/python scripts/wheel.py
+
+sanitize: setup
+	$(BIN)/python scripts/wheel.py --sanitize
 
 clean:
 	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

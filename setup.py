@@ -25,4 +25,7 @@ kernels = Extension(
     optional=True,  # no compiler: the reference serves, and crossent.backend_for says why
 )
 
-setup(ext_modules=[] if platform.system() == "Windows" else [kernels])
+setup(
+    ext_modules=[] if platform.system() == "Windows" else [kernels],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -216,7 +216,7 @@ Rows forward_rows(const Tensor& logits, crossent::Problem<T> p) {
   return out;
 }
 
-// Sums of loss and mass and the number of wrong targets, without either of them ever being stored:
+// Sums of loss and mass, and whether a target is wrong, without either of them ever being stored:
 // blocks of rows one after the other, whatever thread they are on, then the sums of the blocks.
 template <class T>
 std::tuple<Tensor, Tensor> forward_total(const Tensor& logits, crossent::Problem<T> p) {

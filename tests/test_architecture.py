@@ -25,7 +25,7 @@ ALLOWED = {
     "reduction": {"arithmetic", "readable"},
     "calculus": FLOOR | {"targets"},
     "ops": set(),
-    "backends": {"backends.reference", "backends.cpu", "problem", "rows"},
+    "backends": {"backends.reference", "backends.cpu", "problem", "readable", "rows"},
     "backends.cpu": {"ops", "problem", "readable", "rows"},
     "backends.reference": {"arithmetic", "problem", "rows"},
     "functional": FLOOR | CHECKS | {"problem", "reduction", "backends"},

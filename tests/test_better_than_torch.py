@@ -256,25 +256,14 @@ def test_a_row_does_not_know_its_batch(threads, classes, layout, backend):
         torch.set_num_threads(before)
 
 
-def test_torch_sums_do_depend_on_the_batch():
+def test_torch_sums_do_depend_on_the_batch(on_threads):
     """Why the sums are taken in blocks: torch's own sum of one long row is split over threads."""
     x = torch.randn(5, 70001)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert any(x.sum(-1)[k] != x[k : k + 1].sum(-1)[0] for k in range(5))
-    finally:
-        torch.set_num_threads(before)
+    ((together, alone),) = on_threads((2,), lambda: (x.sum(-1), [row.sum() for row in x]))
+    assert any(a != b for a, b in zip(together, alone, strict=True))
 
 
-def test_the_mean_does_not_depend_on_threads(backend):
+def test_the_mean_does_not_depend_on_threads(backend, on_threads):
     x, t = torch.randn(100_000, 3), torch.randint(0, 3, (100_000,))
-    before = torch.get_num_threads()
-    means = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            means.append(crossent.cross_entropy(x, t, backend=backend))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*means)
+    one, two = on_threads((1, 2), lambda: crossent.cross_entropy(x, t, backend=backend))
+    assert torch.equal(one, two)

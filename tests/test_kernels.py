@@ -46,6 +46,7 @@ def test_opcheck(kind, options, dtype, stats):
     saved = ops.forward(*given)[2]
     upstream = torch.randn(6, dtype=saved.dtype)
     rest = (*given[1:4], saved, *given[5:10])
+    torch.library.opcheck(ops.total.default, given[:-1])
     torch.library.opcheck(ops.backward.default, (upstream, given[0], *rest))
     torch.library.opcheck(ops.backward_.default, (given[0].clone(), upstream, *rest))
 
@@ -293,17 +294,52 @@ def test_missing_kernels_are_said(monkeypatch):
     assert crossent.cross_entropy(x, t).isfinite()
 
 
-def test_threads_are_torchs():
-    x, t = torch.randn(64, 5000), torch.randint(0, 5000, (64,))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(crossent.cross_entropy(x, t, reduction="none", backend="cpu"))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*results)
+def test_threads_are_torchs(on_threads):
+    """Rows, and their sum, have the same bits on any number of threads."""
+    for rows, classes in ((64, 5000), (5000, 10), (3, 40000)):
+        x, t = torch.randn(rows, classes), torch.randint(0, classes, (rows,))
+        for reduction in ("none", "sum"):
+            one, two = on_threads(
+                (1, 2),
+                lambda x=x, t=t, reduction=reduction: crossent.cross_entropy(
+                    x, t, reduction=reduction, backend="cpu"
+                ),
+            )
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (300, 10), (1100, 3), (2, 9, 4, 5), (5, 3000)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_sums_in_passing_are_the_rows(shape, reduction):
+    """Reduced losses never store their rows: same value, same gradient, for every option."""
+    rows_shape, classes = (shape[0], *shape[2:]), shape[1]
+    x = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    t = torch.randint(0, classes, rows_shape)
+    t[0] = -100
+    w, s = torch.rand(classes), torch.rand(rows_shape)
+    for options in ({}, {"weight": w}, {"sample_weight": s, "label_smoothing": 0.1, "z_loss": 0.1}):
+        loss = crossent.cross_entropy(x, t, reduction=reduction, backend="cpu", **options)
+        rows, stats = crossent.cross_entropy(
+            x, t, reduction=reduction, backend="cpu", return_stats=True, **options
+        )
+        torch.testing.assert_close(loss, rows)
+        assert torch.equal(stats.counted, t != -100)
+        (got,), (expected,) = (torch.autograd.grad(v, x) for v in (loss, rows))
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "more"),
+    [((4, 9, 6, 5), (4, 6, 5), {}), ((3, 8, 40), (3, 8), {"dim": -1, "shift": 1})],
+)
+def test_gradients_are_not_copied_behind_views(shape, target, more):
+    """What the kernel writes is what .grad holds, with the class axis anywhere and a shift."""
+    x = torch.randn(shape, requires_grad=True)
+    written = []
+    x.register_hook(lambda g: written.append(g.data_ptr()))
+    crossent.cross_entropy(x, torch.randint(0, 8, target), backend="cpu", **more).backward()
+    assert x.grad.data_ptr() == written[0]
+    assert x.grad.stride() == x.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -18,7 +18,8 @@ from . import backends
 from .backends import Choice
 from .options import Backend, Empty, Options, Reduction
 from .problem import pose, pose_logits, pose_selection
-from .reduction import reduce
+from .readable import readable
+from .reduction import reduce, settle
 from .rows import Stats
 from .warn import warn_if_probabilities
 
@@ -159,6 +160,12 @@ def cross_entropy(
         return _ask_loss_override(tensors, denominator, options)
     problem = pose(input, target, weight, sample_weight, denominator, options)
     warn_if_probabilities(problem.logits.rows)
+    if _settles(denominator, options):
+        total = backends.total(
+            problem, lambda loss, mass: settle(loss, mass, reduction, denominator, empty)
+        )
+        if total is not None:
+            return total
     rows = backends.rows(problem)
     loss = reduce(rows.loss, rows.mass, reduction, denominator, empty).to(
         problem.logits.result_dtype
@@ -323,6 +330,13 @@ def _flat_cross_entropy(*tensors: Tensor, **keywords: Any) -> tuple[Tensor, ...]
     """Loss and stats as one plain tuple: subclasses rebuild tuples from an iterable."""
     loss, stats = cross_entropy(*tensors, **keywords)
     return (loss, *stats)
+
+
+def _settles(denominator: float | Tensor | None, options: Options) -> bool:
+    """Whether sums are all that is wanted of the rows, and what divides them is a number."""
+    if isinstance(denominator, Tensor):
+        return readable(denominator) and not denominator.requires_grad
+    return (denominator is not None or options.reduction != "none") and not options.return_stats
 
 
 def _lengthen(rows: Tensor, cut: int, fill: float) -> Tensor:

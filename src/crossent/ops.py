@@ -2,13 +2,15 @@
 
 ``crossent::forward`` goes from rows of logits (*rows, V) to one loss a row, ``crossent::backward``
 to the gradient; ``backward_`` writes it into the logits. ``crossent::total`` is forward for those
-who want the sums of loss and mass alone (and how many targets are wrong): float64 (3,), the same
-bits for any number of threads. ``upstream`` is one number a row, or one for all (0-d). Targets are int64 (*rows), or
-probabilities (*rows, V). ``weight`` (V,) and ``sample_weight`` (*rows) have the computing dtype,
-which is float64 if ``wide``, else float32; a softcap of 0 is none. ``saved`` holds
-what backward needs, each of these for all rows: maximum, sum without it; and, but for index targets without smoothing, mass of
-the target, unmasked classes, mass of the uniform target. ``wrong`` is one if a target is neither a
-class nor ignored; the loss of such a row is nan.
+who want sums alone: float64 (3,), of loss, of mass, and what ``wrong`` says; the same bits for any
+number of threads.
+
+Targets are int64 (*rows), or probabilities (*rows, V). ``weight`` (V,), ``sample_weight`` (*rows)
+and ``upstream`` (*rows), or 0-d for all rows, have the computing dtype, which is float64 if
+``wide``, else float32; a softcap of 0 is none. ``saved`` holds what backward needs, each kind for
+all rows: maximum, sum without it; and, but for index targets without smoothing, mass of the target,
+unmasked classes, mass of the uniform target. ``wrong`` is one if a target is neither a class nor
+ignored; the loss of such a row is nan.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ comes out of :func:`pose` is sound: shapes, dtypes, devices and target values ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +23,22 @@ from .targets import (
 )
 
 
-@dataclass(frozen=True)
-class Logits:
+class Logits(NamedTuple):
     """Rows of logits, classes on the last axis: a view of the input."""
 
     rows: Tensor  # (*rows, V)
+    source: Tensor  # what derivatives are taken of: rows is source.movedim(axis, -1)
+    axis: int
     dtype: torch.dtype  # float32 or float64: what rows are computed in
     result_dtype: torch.dtype  # what the caller gets back
     options: Options
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Rows of logits and what they are scored against.
 
-    ``rows`` stands for the leading shape: that of index targets, less the positions that ``shift``
-    leaves without a target.
+    ``rows`` stands for the leading shape: that of index targets. Positions that ``shift`` leaves
+    without a target are ignored; probabilities know no ignored rows, there ``cut`` are left out.
     """
 
     logits: Logits
@@ -46,7 +46,7 @@ class Problem:
     by_index: bool  # which of the two the target is
     weight: Tensor | None  # (V,), the class weights
     sample_weight: Tensor | None  # (*rows)
-    cut: int  # how many positions shift left without a target
+    cut: int = 0  # how many positions have been left out at the end
     may_ignore: bool = True  # False where it is known that no row is ignored
     in_range: bool = False  # True where every counted target is known to be a class
 
@@ -61,13 +61,13 @@ class Problem:
         Apart from posing it, because kernels see to it in passing.
         """
         if not self.by_index:
-            return replace(self, may_ignore=False, in_range=True)
+            return self._replace(may_ignore=False, in_range=True)
         if not readable(self.target):
             return self
         ignore_index, classes = self.options.ignore_index, self.logits.rows.shape[-1]
         check_range("target", self.target, classes, ignore_index, self.options.shift)
         may_ignore = bool((self.target == ignore_index).any())
-        return replace(self, may_ignore=may_ignore, in_range=True)
+        return self._replace(may_ignore=may_ignore, in_range=True)
 
     def counted(self) -> Tensor:
         """True for each row that has a target."""
@@ -77,12 +77,11 @@ class Problem:
         return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """Rows of logits and the K classes of each whose log-probability is wanted."""
 
     logits: Logits
-    index: Tensor  # int64 (*rows, K), ignore_index where nothing is wanted
+    chosen: Tensor  # int64 (*rows, K), ignore_index where nothing is wanted
     single: bool  # the caller gave one index a row, without an axis for K
     in_range: bool
 
@@ -93,10 +92,10 @@ class Selection:
 
     def as_problem(self) -> Problem | None:
         """The loss whose rows are minus these log-probabilities; None for several a row."""
-        if self.index.shape[-1] != 1:
+        if self.chosen.shape[-1] != 1:
             return None
-        target = self.index.squeeze(-1)
-        return Problem(self.logits, target, True, None, None, cut=0)
+        target = self.chosen.squeeze(-1)
+        return Problem(self.logits, target, True, None, None)
 
 
 def pose(
@@ -120,19 +119,30 @@ def pose(
     if denominator is not None:
         check_scalar("denominator", denominator, low=0.0)
 
-    rows = input if axis == input.dim() - 1 else input.movedim(axis, -1)
-    target = target if by_index else target.movedim(axis, -1)
-    cut = min(options.shift, rows.shape[-2]) if options.shift else 0
-    if cut:
-        position, left = axis - 1, rows.shape[-2] - cut
-        rows, target = rows.narrow(position, 0, left), target.narrow(position, cut, left)
-        if sample_weight is not None:
-            sample_weight = sample_weight.narrow(position, cut, left)
     if by_index:
         target = target.to(torch.int64)
-    factors = () if by_index else (target,) if weight is None else (target, weight)
-    logits = _logits(input, rows, options, *factors)
-    return Problem(logits, target, by_index, weight, sample_weight, cut)
+        if options.shift:
+            target = _shifted(target, options.shift, options.ignore_index)
+            if sample_weight is not None:
+                sample_weight = _shifted(sample_weight, options.shift, 0)
+        logits = _logits(input, input, axis, options)
+        return Problem(logits, target, True, weight, sample_weight)
+    target, source, cut = target.movedim(axis, -1), input, 0
+    factors = (target,) if weight is None else (target, weight)
+    if options.shift:
+        cut = min(options.shift, input.shape[-2])
+        left, axis = input.shape[-2] - cut, input.dim() - 1
+        source, target = source.narrow(-2, 0, left), target.narrow(-2, cut, left)
+        sample_weight = None if sample_weight is None else sample_weight.narrow(-1, cut, left)
+    logits = _logits(input, source, axis, options, *factors)
+    return Problem(logits, target, False, weight, sample_weight, cut)
+
+
+def _shifted(values: Tensor, shift: int, fill: int) -> Tensor:
+    """Position i of the last axis takes what i + shift holds, the last ones ``fill``."""
+    cut = min(shift, values.shape[-1])
+    kept = values.narrow(-1, cut, values.shape[-1] - cut)
+    return torch.cat([kept, values.new_full((*values.shape[:-1], cut), fill)], -1)
 
 
 def pose_logits(input: Tensor, options: Options) -> Logits:
@@ -140,7 +150,7 @@ def pose_logits(input: Tensor, options: Options) -> Logits:
     options.checked()
     check_logits(input)
     axis = class_axis(input, options.dim)
-    return _logits(input, input.movedim(axis, -1), options)
+    return _logits(input, input, axis, options)
 
 
 def pose_selection(input: Tensor, index: Tensor, options: Options) -> Selection:
@@ -158,7 +168,7 @@ def pose_selection(input: Tensor, index: Tensor, options: Options) -> Selection:
     )
 
 
-def _logits(input: Tensor, rows: Tensor, options: Options, *factors: Tensor) -> Logits:
+def _logits(input: Tensor, source: Tensor, axis: int, options: Options, *factors: Tensor) -> Logits:
     """Rows with their dtypes, by torch's rule.
 
     The result has the dtype of the input, float32 for halves under autocast; torch multiplies
@@ -172,4 +182,5 @@ def _logits(input: Tensor, rows: Tensor, options: Options, *factors: Tensor) -> 
         dtype = torch.promote_types(dtype, factor.dtype)
     result = options.return_dtype or dtype
     compute = torch.promote_types(torch.promote_types(dtype, result), torch.float32)
-    return Logits(rows, compute, result, options)
+    rows = source if axis == source.dim() - 1 else source.movedim(axis, -1)
+    return Logits(rows, source, axis, compute, result, options)

@@ -11,6 +11,7 @@ sample weight of two is the same as the row standing twice. ``denominator=`` tak
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -18,6 +19,11 @@ from torch import Tensor
 
 from .arithmetic import ordered_sum
 from .readable import readable
+
+_NOTHING_COUNTS = (
+    "target: expected at least one row that counts, got none (all are ignored, weigh zero or are "
+    "absent); empty='nan' or empty='zero' gives a value instead"
+)
 
 
 def reduce(
@@ -39,12 +45,23 @@ def reduce(
         divisor = torch.as_tensor(denominator, dtype=loss.dtype, device=loss.device).reshape(())
     nothing = divisor == 0
     if empty == "raise" and readable(nothing) and bool(nothing):
-        raise ValueError(
-            "target: expected at least one row that counts, got none (all are ignored, weigh zero "
-            "or are absent); empty='nan' or empty='zero' gives a value instead"
-        )
+        raise ValueError(_NOTHING_COUNTS)
     mean = total / divisor.masked_fill(nothing, 1)
     return mean.masked_fill(nothing, 0.0 if empty == "zero" else torch.nan)
+
+
+def settle(
+    loss: float, mass: float, reduction: str, denominator: float | Tensor | None, empty: str
+) -> tuple[float, float]:
+    """:func:`reduce` of sums that are numbers already, and its derivative by the sum of losses."""
+    if denominator is None and reduction == "sum":
+        return loss, 1.0
+    divisor = mass if denominator is None else float(denominator)
+    if divisor == 0:
+        if empty == "raise":
+            raise ValueError(_NOTHING_COUNTS)
+        return (0.0 if empty == "zero" else math.nan), 0.0
+    return loss / divisor, 1 / divisor
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:

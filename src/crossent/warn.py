@@ -11,7 +11,7 @@ from torch import Tensor
 from .readable import readable
 
 _ROWS = 4  # how many rows are looked at: a warning may not cost a pass over the logits
-_CLASSES = 8  # of these, how many classes are looked at before anything else
+_CLASSES = 8  # how many classes of the first row are looked at before anything else
 
 
 class CrossentWarning(UserWarning):
@@ -49,10 +49,11 @@ def warn_if_probabilities(logits: Tensor) -> None:
         return
     if logits.shape[-1] < 2 or logits.numel() == 0 or not readable(logits):
         return
-    rows = _first_rows(logits.detach())
-    if not all(0.0 <= value <= 1.0 for row in rows[:, :_CLASSES].tolist() for value in row):
-        return
-    rows = rows.float()
+    logits = logits.detach()
+    for value in logits[(0,) * (logits.dim() - 1) + (slice(_CLASSES),)].tolist():
+        if not 0.0 <= value <= 1.0:
+            return
+    rows = _first_rows(logits).float()
     tolerance = 1e-3 if logits.dtype.itemsize >= 4 else 2e-2
     if bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < tolerance).all()):
         warn(

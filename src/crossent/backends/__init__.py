@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..readable import readable
 from . import cpu, reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ..problem import Logits, Problem, Selection
@@ -61,6 +64,16 @@ def rows(problem: Problem) -> Rows:
     if choose(problem).name == "cpu":
         return cpu.rows(problem, reference.rows)
     return reference.rows(problem.verified())
+
+
+def total(problem: Problem, settle: Callable[[float, float], tuple[float, float]]) -> Tensor | None:
+    """The reduced loss where a backend sums its rows in passing; None where none does.
+
+    ``settle`` takes the sums of loss and mass to the result and its derivative by the former.
+    """
+    if not readable(problem.target) or choose(problem).name != "cpu":
+        return None
+    return cpu.total(problem, reference.rows, settle)
 
 
 def log_prob(selection: Selection) -> Tensor:

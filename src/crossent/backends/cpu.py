@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,11 @@ from .. import ops as ops  # the schemas must stand before the kernels are loade
 from ..problem import Problem
 from ..readable import readable
 from ..rows import Rows, Stats
+
+# The problem in a form that autograd can follow to any order.
+Differentiable = Callable[[Problem], Rows]
+# From sums of loss and mass to the reduced loss, and its derivative by the former.
+Settle = Callable[[float, float], tuple[float, float]]
 
 _NOTHING = torch.empty(0)
 _MOST_AXES = 8  # as Layout::kMaxRank in csrc/problem.h
@@ -62,16 +66,14 @@ def hands_over(problem: Problem) -> str:
     return ""
 
 
-def rows(problem: Problem, differentiable: Callable[[Problem], Rows]) -> Rows:
+def rows(problem: Problem, differentiable: Differentiable) -> Rows:
     """The rows of a problem; ``differentiable`` gives derivatives of higher order."""
     arguments = _arguments(problem)
-    if torch.compiler.is_compiling():
-        out = torch.ops.crossent.forward(*arguments)
-    elif torch.is_grad_enabled() and problem.logits.rows.requires_grad:
-        fused: Any = _Fused  # torch leaves apply untyped
-        out = fused.apply(problem.logits.rows, arguments, problem, differentiable)
+    if not torch.compiler.is_compiling() and _derivative_wanted(problem):
+        fused: Any = _FusedRows  # torch leaves apply untyped
+        out = fused.apply(problem.logits.source, arguments, problem, differentiable)
     else:
-        out = torch.ops.crossent.forward(*arguments)
+        out = torch.ops.crossent.forward(*arguments, problem.options.return_stats)
     loss, mass, _, lse, log_prob, entropy, argmax, wrong = out
     if problem.by_index and readable(wrong) and wrong.item():
         problem.verified()  # raises, naming the place
@@ -83,8 +85,39 @@ def rows(problem: Problem, differentiable: Callable[[Problem], Rows]) -> Rows:
     return Rows(loss, mass, Stats(lse, log_prob, entropy, argmax, correct, counted))
 
 
+def total(problem: Problem, differentiable: Differentiable, settle: Settle) -> Tensor:
+    """The reduced loss, 0-d, of rows that are summed in passing and never stored.
+
+    ``settle`` takes the sums of loss and mass to the result and its derivative by the former.
+    """
+    arguments = _arguments(problem)
+    if _derivative_wanted(problem):
+        fused: Any = _FusedTotal
+        result: Tensor = fused.apply(
+            problem.logits.source, arguments, problem, differentiable, settle
+        )
+        return result
+    return _settled(problem, arguments, settle)[0]
+
+
+def _settled(
+    problem: Problem, arguments: tuple[Any, ...], settle: Settle
+) -> tuple[Tensor, float, Tensor]:
+    """The result, its derivative by the sum of losses, and what backward needs of the rows."""
+    totals, saved = torch.ops.crossent.total(*arguments)
+    loss, mass, wrong = totals.tolist()
+    if wrong:
+        problem.verified()  # raises, naming the place
+    value, slope = settle(loss, mass)
+    return torch.tensor(value, dtype=problem.logits.result_dtype), slope, saved
+
+
+def _derivative_wanted(problem: Problem) -> bool:
+    return torch.is_grad_enabled() and problem.logits.source.requires_grad
+
+
 def _arguments(problem: Problem) -> tuple[Any, ...]:
-    """The arguments of ``crossent::forward``."""
+    """The arguments of ``crossent::total``, and but for the last of ``crossent::forward``."""
     options, dtype = problem.options, problem.logits.dtype
     weight, sample_weight = problem.weight, problem.sample_weight
     return (
@@ -98,58 +131,112 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
         options.z_loss,
         options.softcap or 0.0,
         options.logit_scale,
-        options.return_stats,
     )
 
 
-class _Fused(torch.autograd.Function):
+class _FusedRows(torch.autograd.Function):
     """The kernels under eager autograd: like the operator's own formula, and of any order."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,
+        source: Tensor,
         arguments: tuple[Any, ...],
         problem: Problem,
-        differentiable: Callable[[Problem], Rows],
+        differentiable: Differentiable,
     ) -> tuple[Tensor, ...]:
         """Rows of loss, and what the operator returns beside them."""
-        out: tuple[Tensor, ...] = torch.ops.crossent.forward(*arguments)
-        ctx.save_for_backward(*arguments[:4], out[2])
-        # No tensor is kept but those saved: they are watched for changes, offloaded, and let go.
-        ctx.recipe = (replace(problem.logits, rows=_NOTHING), problem.by_index, problem.cut)
-        ctx.differentiable, ctx.options = differentiable, arguments[5:10]
+        out: tuple[Tensor, ...] = torch.ops.crossent.forward(
+            *arguments, problem.options.return_stats
+        )
+        _keep(ctx, source, arguments, problem, differentiable, out[2])
         ctx.mark_non_differentiable(*out[1:])
-        ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient, in the logits' memory if the caller allowed it."""
         upstream = upstreams[0]
+        return (None if upstream is None else _gradient(ctx, upstream), None, None, None)
+
+
+class _FusedTotal(torch.autograd.Function):
+    """The same of rows that are summed in passing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        arguments: tuple[Any, ...],
+        problem: Problem,
+        differentiable: Differentiable,
+        settle: Settle,
+    ) -> Tensor:
+        """The reduced loss."""
+        result, ctx.slope, saved = _settled(problem, arguments, settle)
+        _keep(ctx, source, arguments, problem, differentiable, saved)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of the sum of losses, times the derivative by it."""
+        upstream = upstreams[0]
         if upstream is None:
-            return None, None, None, None
-        logits, *others = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: this gradient will be differentiated
-            return _differentiable_gradient(ctx, upstream), None, None, None
-        rest = (*others, *ctx.options)
-        batched = _functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched
-        batched |= _functorch.is_functorch_wrapped_tensor(upstream)
-        if ctx.recipe[0].options.reuse_input and not batched and _may_overwrite(logits):
-            memory = logits.detach()
-            torch.ops.crossent.backward_(memory, upstream, *rest)
-            increment_version(logits)  # whoever still needs the logits gets an error, not gradients
-            return memory, None, None, None
-        return torch.ops.crossent.backward(upstream, logits, *rest), None, None, None
+            return None, None, None, None, None
+        slope = ctx.slope * upstream.to(ctx.logits.dtype)
+        return _gradient(ctx, slope), None, None, None, None
 
 
-def _differentiable_gradient(ctx: Any, upstream: Tensor) -> Tensor:
+def _keep(
+    ctx: Any,
+    source: Tensor,
+    arguments: tuple[Any, ...],
+    problem: Problem,
+    differentiable: Differentiable,
+    saved: Tensor,
+) -> None:
+    """Save what backward needs.
+
+    No tensor is kept but those saved: they are watched for changes, offloaded, and let go.
+    """
+    ctx.save_for_backward(source, *arguments[1:4], saved)
+    ctx.logits = problem.logits._replace(rows=_NOTHING, source=_NOTHING)
+    ctx.by_index, ctx.differentiable, ctx.options = problem.by_index, differentiable, arguments[5:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    """The gradient for an upstream gradient of each row, or one for all of them."""
+    source, *others = ctx.saved_tensors
+    axis = ctx.logits.axis
+    if torch.is_grad_enabled():  # create_graph: this gradient will be differentiated
+        return _differentiable_gradient(ctx, source, upstream, *others[:3])
+    batched = _functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched
+    batched |= _functorch.is_functorch_wrapped_tensor(upstream)
+    memory: Tensor = source.detach()
+    rows = memory.movedim(axis, -1)
+    if ctx.logits.options.reuse_input and not batched and _may_overwrite(source):
+        torch.ops.crossent.backward_(rows, upstream, *others, *ctx.options)
+        increment_version(source)  # whoever still needs the logits gets an error, not gradients
+        return memory
+    gradient: Tensor = torch.ops.crossent.backward(upstream, rows, *others, *ctx.options)
+    return gradient if axis == source.dim() - 1 else gradient.movedim(-1, axis)
+
+
+def _differentiable_gradient(
+    ctx: Any,
+    source: Tensor,
+    upstream: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+) -> Tensor:
     """The same gradient through the reference, whose graph autograd can follow."""
-    logits, target, weight, sample_weight, _ = ctx.saved_tensors
-    frame, by_index, cut = ctx.recipe
-    problem = Problem(replace(frame, rows=logits), target, by_index, weight, sample_weight, cut)
-    loss = ctx.differentiable(problem).loss
-    gradient: Tensor = torch.autograd.grad(loss, logits, upstream, create_graph=True)[0]
+    logits = ctx.logits._replace(rows=source.movedim(ctx.logits.axis, -1), source=source)
+    problem = Problem(logits, target, ctx.by_index, weight, sample_weight)
+    loss: Tensor = ctx.differentiable(problem).loss
+    upstream = upstream.expand_as(loss)
+    gradient: Tensor = torch.autograd.grad(loss, source, upstream, create_graph=True)[0]
     return gradient
 
 

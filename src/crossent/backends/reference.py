@@ -51,7 +51,7 @@ def rows(problem: Problem) -> Rows:
 
 def log_prob(selection: Selection) -> Tensor:
     """log softmax at the selected classes (*rows, K); 0 where nothing is wanted."""
-    index = selection.index
+    index = selection.chosen
     wanted = index != selection.options.ignore_index
     safe = index.masked_fill(~wanted, 0).clamp(0, selection.logits.rows.shape[-1] - 1)
     z = map_logits(selection.logits, read=wanted.any(-1))
