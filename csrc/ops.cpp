@@ -316,4 +316,5 @@ STABLE_TORCH_LIBRARY_IMPL(crossent, CPU, m) {
   m.impl("total", TORCH_BOX(&total));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("backward_", TORCH_BOX(&backward_));
+  m.impl("advise", TORCH_BOX(&advise_huge_pages));
 }

@@ -19,7 +19,8 @@ from .calculus import (
     softmax_jacobian,
 )
 from .functional import backend_for, cross_entropy, entropy, log_prob
-from .modules import CrossEntropyLoss
+from .linear import linear_cross_entropy, linear_entropy, linear_log_prob
+from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from .patching import patch
 from .rows import Stats
 from .steps import Steps, steps
@@ -37,6 +38,7 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossentWarning",
     "DoubleSoftmaxWarning",
+    "LinearCrossEntropyLoss",
     "Stats",
     "Steps",
     "backend_for",
@@ -45,6 +47,9 @@ __all__ = [
     "gradient",
     "hessian",
     "likelihood",
+    "linear_cross_entropy",
+    "linear_entropy",
+    "linear_log_prob",
     "log_likelihood",
     "log_prob",
     "log_softmax",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .functional import cross_entropy
+from .linear import linear_cross_entropy
 from .options import Options, Reduction
 
 _TORCHS = ("ignore_index", "reduction", "label_smoothing")
@@ -46,13 +48,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         **options: Any,
     ) -> None:
-        known = [name for name in Options._fields if name not in _TORCHS]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise TypeError(
-                f"{unknown[0]}: not an option of CrossEntropyLoss; there are {', '.join(known)} "
-                f"(sample_weight and denominator belong to each call)"
-            )
+        _check_names("CrossEntropyLoss", options, ())
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.options = options
         Options(ignore_index, self.reduction, label_smoothing, **options).checked()
@@ -83,3 +79,110 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         usual = Options._field_defaults
         values = {name: getattr(self, name) for name in _TORCHS} | self.options
         return ", ".join(f"{k}={v!r}" for k, v in values.items() if repr(v) != repr(usual[k]))
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    r"""A linear head and its cross-entropy, without the logits between them.
+
+    As :class:`torch.nn.LinearCrossEntropyLoss`: :math:`z = x W^\top + b`, loss
+    :math:`-\log(e^{z_t} / \sum_c e^{z_c})` in nats; parameters ``linear.weight`` and
+    ``linear.bias``, the same state dict.
+
+    Args:
+        in_features: D.
+        num_classes: V.
+        out_features: (d1, ..., dK) for a K-dimensional loss.
+        bias, device, dtype: of the linear layer.
+        reduction, weight, ignore_index, label_smoothing, options: as for
+            :func:`crossent.linear_cross_entropy`.
+        more: ``shift``, ``z_loss``, ``softcap``, ``logit_scale``, ``empty``, ``return_dtype``,
+            ``return_stats``, ``chunk_rows`` and ``backend`` of it.
+
+    Raises:
+        ValueError, TypeError: an option of the wrong value or an unknown name.
+
+    Example:
+        >>> head = crossent.LinearCrossEntropyLoss(4, 10, z_loss=1e-4)
+        >>> head(torch.zeros(2, 4), torch.tensor([3, 7]))
+        tensor(2.3031, grad_fn=<...>)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        **more: Any,
+    ) -> None:
+        _check_names("LinearCrossEntropyLoss", more, ("dim", "reuse_input"), ("chunk_rows",))
+        super().__init__()
+        if weight is not None and weight.shape != (num_classes,):
+            raise ValueError(
+                f"weight: expected shape ({num_classes},), one factor a class, got "
+                f"{tuple(weight.shape)}"
+            )
+        self.weight: Tensor | None
+        self.register_buffer("weight", weight)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.label_smoothing, self.options, self.more = label_smoothing, options, more
+        shared = {name: value for name, value in more.items() if name != "chunk_rows"}
+        Options(reduction=reduction, label_smoothing=label_smoothing, **shared).checked()
+        classes = math.prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, classes, bias, device, dtype)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Any:
+        """The loss of one batch; see :func:`crossent.linear_cross_entropy` for every argument."""
+        shape, linear = (self.num_classes, *self.out_features), self.linear
+        return linear_cross_entropy(
+            input,
+            linear.weight.reshape(*shape, linear.in_features),
+            target,
+            linear_bias=None if linear.bias is None else linear.bias.reshape(shape),
+            weight=self.weight,
+            reduction=cast("Reduction", self.reduction),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            sample_weight=sample_weight,
+            denominator=denominator,
+            **self.more,
+        )
+
+    def extra_repr(self) -> str:
+        """What torch's module shows."""
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"out_features={self.out_features}, bias={self.linear.bias is not None}, "
+            f"reduction={self.reduction}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}"
+        )
+
+
+def _check_names(
+    module: str, options: dict[str, Any], less: tuple[str, ...], more: tuple[str, ...] = ()
+) -> None:
+    """Raise unless every name is an option that belongs to the constructor."""
+    known = [n for n in (*Options._fields, *more) if n not in (*_TORCHS, *less)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"{unknown[0]}: not an option of {module}; there are {', '.join(known)} "
+            f"(sample_weight and denominator belong to each call)"
+        )

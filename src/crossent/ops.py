@@ -3,7 +3,7 @@
 ``crossent::forward`` goes from rows of logits (*rows, V) to one loss a row, ``crossent::backward``
 to the gradient; ``backward_`` writes it into the logits. ``crossent::total`` is forward for those
 who want sums alone: float64 (3,), of loss, of mass, and what ``wrong`` says; the same bits for any
-number of threads.
+number of threads. ``crossent::advise`` asks for large pages under memory not yet touched.
 
 Targets are int64 (*rows), or probabilities (*rows, V). ``weight`` (V,), ``sample_weight`` (*rows)
 and ``upstream`` (*rows), or 0-d for all rows, have the computing dtype, which is float64 if
@@ -44,6 +44,7 @@ _library.define(
     f"backward_(Tensor(a!) logits, Tensor upstream, Tensor target, {_FACTORS}, Tensor saved,"
     f" {_OPTIONS}) -> ()"
 )
+_library.define("advise(Tensor memory) -> ()")
 
 
 @torch.library.register_fake("crossent::forward", lib=_library)
@@ -87,6 +88,11 @@ def _backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("crossent::backward_", lib=_library)
 def _backward_(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("crossent::advise", lib=_library)
+def _advise(memory: Tensor) -> None:
     return None
 
 

@@ -33,6 +33,10 @@ class Logits(NamedTuple):
     result_dtype: torch.dtype  # what the caller gets back
     options: Options
 
+    def of(self, rows: Tensor) -> Logits:
+        """The same for other rows, classes on their last axis."""
+        return self._replace(rows=rows, source=rows, axis=rows.dim() - 1)
+
 
 class Problem(NamedTuple):
     """Rows of logits and what they are scored against.
@@ -68,6 +72,23 @@ class Problem(NamedTuple):
         check_range("target", self.target, classes, ignore_index, self.options.shift)
         may_ignore = bool((self.target == ignore_index).any())
         return self._replace(may_ignore=may_ignore, in_range=True)
+
+    def flat(self) -> Problem:
+        """The same rows on one axis; the logits stay as they are."""
+        sample_weight = self.sample_weight
+        return self._replace(
+            target=self.target.reshape(-1) if self.by_index else self.target.flatten(0, -2),
+            sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
+        )
+
+    def part(self, rows: slice | Tensor, logits: Tensor) -> Problem:
+        """Some rows (an index into one axis of them), with these logits."""
+        sample_weight = self.sample_weight
+        return self._replace(
+            logits=self.logits.of(logits),
+            target=self.target[rows],
+            sample_weight=None if sample_weight is None else sample_weight[rows],
+        )
 
     def counted(self) -> Tensor:
         """True for each row that has a target."""

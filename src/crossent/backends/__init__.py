@@ -14,6 +14,7 @@ from . import cpu, reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
     from ..problem import Logits, Problem, Selection
@@ -74,6 +75,25 @@ def total(problem: Problem, settle: Callable[[float, float], tuple[float, float]
     if not readable(problem.target) or choose(problem).name != "cpu":
         return None
     return cpu.total(problem, reference.rows, settle)
+
+
+def rows_and_gradient(problem: Problem, upstream: Tensor | None) -> tuple[Rows, Tensor | None]:
+    """The rows, without a graph; with an upstream gradient (*rows) also theirs by the logits.
+
+    That gradient may take the memory of the logits, which are lost.
+    """
+    if choose(problem).name == "cpu":
+        rows = cpu.rows_in_place(problem, upstream)
+        return rows, None if upstream is None else problem.logits.rows
+    return reference.rows_and_gradient(problem, upstream)
+
+
+def fresh(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Fresh memory where ``like`` is; in large pages on a CPU, where each small one costs."""
+    memory: Tensor = like.new_empty(shape, dtype=dtype)
+    if memory.device.type == "cpu" and not cpu.MISSING:
+        cpu.advise(memory)
+    return memory
 
 
 def log_prob(selection: Selection) -> Tensor:

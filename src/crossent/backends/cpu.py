@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from .. import ops as ops  # the schemas must stand before the kernels are loaded
+from ..derivatives import needs_autograd
 from ..problem import Problem
 from ..readable import readable
 from ..rows import Rows, Stats
@@ -51,19 +51,10 @@ def cannot(problem: Problem) -> str:
 
 
 def hands_over(problem: Problem) -> str:
-    """What about this call only the reference can do, above all derivatives; empty if nothing."""
-    if _functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms need a differentiable path"
-    if forward_ad._current_level >= 0:
-        return "forward mode needs a differentiable path"
+    """What about this call only the reference can do; empty if nothing."""
     if problem.logits.rows.dim() - 1 > _MOST_AXES:
         return f"the logits have more than {_MOST_AXES} axes besides the classes"
-    if isinstance(problem.options.logit_scale, Tensor):
-        return "logit_scale is a tensor"
-    factors = (problem.target, problem.weight, problem.sample_weight)
-    if torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in factors):
-        return "target or weights require a gradient"
-    return ""
+    return needs_autograd(problem)
 
 
 def rows(problem: Problem, differentiable: Differentiable) -> Rows:
@@ -74,15 +65,36 @@ def rows(problem: Problem, differentiable: Differentiable) -> Rows:
         out = fused.apply(problem.logits.source, arguments, problem, differentiable)
     else:
         out = torch.ops.crossent.forward(*arguments, problem.options.return_stats)
-    loss, mass, _, lse, log_prob, entropy, argmax, wrong = out
+    wrong = out[-1]
     if problem.by_index and readable(wrong) and wrong.item():
         problem.verified()  # raises, naming the place
+    return _as_rows(problem, out)
+
+
+def rows_in_place(problem: Problem, upstream: Tensor | None) -> Rows:
+    """The rows; with an upstream gradient (*rows), theirs by the logits is written over these."""
+    arguments = _arguments(problem)
+    out = torch.ops.crossent.forward(*arguments, problem.options.return_stats)
+    if upstream is not None:
+        factors, options = arguments[1:4], arguments[5:]
+        torch.ops.crossent.backward_(problem.logits.rows, upstream, *factors, out[2], *options)
+    return _as_rows(problem, out)
+
+
+def _as_rows(problem: Problem, out: tuple[Tensor, ...]) -> Rows:
+    """What ``crossent::forward`` returns, under its names."""
+    loss, mass, _, lse, log_prob, entropy, argmax, _ = out
     if not problem.options.return_stats:
         return Rows(loss, mass, None)
     target, counted = problem.target, problem.counted()
     label = target if problem.by_index else target.argmax(-1)
     correct = (argmax == label) & counted
     return Rows(loss, mass, Stats(lse, log_prob, entropy, argmax, correct, counted))
+
+
+def advise(memory: Tensor) -> None:
+    """Ask the system for large pages under fresh memory that has not been touched."""
+    torch.ops.crossent.advise(memory)
 
 
 def total(problem: Problem, differentiable: Differentiable, settle: Settle) -> Tensor:

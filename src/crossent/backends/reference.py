@@ -49,6 +49,18 @@ def rows(problem: Problem) -> Rows:
     return Rows(loss, mass, stats)
 
 
+def rows_and_gradient(problem: Problem, upstream: Tensor | None) -> tuple[Rows, Tensor | None]:
+    """The rows, without a graph; with an upstream gradient (*rows) also theirs by the logits."""
+    if upstream is None:
+        with torch.no_grad():
+            return rows(problem), None
+    with torch.enable_grad():
+        z = problem.logits.rows.detach().requires_grad_()
+        loss, mass, stats = rows(problem._replace(logits=problem.logits.of(z)))
+        (gradient,) = torch.autograd.grad(loss, z, upstream.expand_as(loss))
+    return Rows(loss.detach(), mass, stats), gradient
+
+
 def log_prob(selection: Selection) -> Tensor:
     """log softmax at the selected classes (*rows, K); 0 where nothing is wanted."""
     index = selection.chosen

@@ -1,0 +1,80 @@
+"""A linear head: features, weight and bias that fit each other."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """A linear head and the features that it is applied to."""
+
+    input: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products are taken in: half precision is slow on a CPU, and never precise."""
+        dtype = torch.promote_types(self.input.dtype, self.weight.dtype)
+        return torch.promote_types(dtype, torch.float32)
+
+    def logits(self) -> Tensor:
+        """All logits at once, for derivatives of any kind."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return F.linear(self.input.to(self.dtype), self.weight.to(self.dtype), bias)
+
+
+def check_head(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless features, weight and bias fit each other."""
+    named = {"input": input, "linear_weight": weight, "linear_bias": bias}
+    for name, tensor in named.items():
+        if tensor is None and name == "linear_bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name}: expected on {input.device} as input is, got {tensor.device}; move it "
+                f"with {name}.to(input.device)"
+            )
+    if input.dim() == 0:
+        raise ValueError("input: expected features (..., D), got a 0-d tensor")
+    if weight.dim() < 2:
+        raise ValueError(
+            f"linear_weight: expected shape (V, D), got {tuple(weight.shape)} ({weight.dim()}-d)"
+        )
+    if weight.shape[-1] != input.shape[-1]:
+        raise ValueError(
+            f"linear_weight: expected {input.shape[-1]} features on the last axis as input of "
+            f"shape {tuple(input.shape)} has, got {weight.shape[-1]} in shape "
+            f"{tuple(weight.shape)}"
+            + ("; transpose it" if weight.shape[0] == input.shape[-1] else "")
+        )
+    if weight.dim() > 2 and input.dim() != 2:
+        raise ValueError(
+            f"input: expected shape (N, D) with a linear_weight of {weight.dim()} axes, got "
+            f"{tuple(input.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise ValueError(
+            f"linear_bias: expected shape {tuple(weight.shape[:-1])} for a linear_weight of shape "
+            f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
+        )
+
+
+def flatten(input: Tensor) -> Tensor:
+    """Features on one axis of rows."""
+    return input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+
+
+def shape_of_logits(input: Tensor, weight: Tensor) -> Tensor:
+    """A tensor with the shape and dtype of the logits, and one element of memory."""
+    dtype = torch.promote_types(input.dtype, weight.dtype)
+    return input.detach().new_empty((), dtype=dtype).expand(*input.shape[:-1], weight.shape[0])

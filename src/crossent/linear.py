@@ -1,0 +1,337 @@
+"""The fused head: features and a weight go in, loss comes out, logits never exist at once.
+
+problem  = pose(...)         checked against logits that have a shape and no memory
+function = LossRows(...)     what is wanted of each row
+rows     = sweep(...)        logits in chunks, gradients of input and weight with them
+reduce(...)                  none, sum, mean
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .chunks import Plan, plan
+from .derivatives import needs_autograd
+from .functional import cross_entropy, entropy, log_prob
+from .head import Head, check_head, flatten, shape_of_logits
+from .options import Backend, Empty, Options, Reduction
+from .problem import Problem, pose, pose_logits, pose_selection
+from .readable import readable
+from .reduction import reduce
+from .rows import Stats
+from .rowwise import EntropyRows, LogProbRows, LossRows, RowFunction
+from .sweep import Fused, sweep
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    sample_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    shift: int = 0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    empty: Empty = "nan",
+    return_dtype: torch.dtype | None = None,
+    return_stats: bool = False,
+    chunk_rows: int | None = None,
+    backend: Backend = "auto",
+) -> Any:
+    r"""Cross-entropy of a linear head, without the (N, V) logits.
+
+    As :func:`torch.nn.functional.linear_cross_entropy`, in nats: with logits
+    :math:`z = x W^\top + b` for the features :math:`x` of a row,
+
+    .. math:: \ell = -\log \frac{e^{z_t}}{\sum_c e^{z_c}}, \qquad
+        \frac{\partial \ell}{\partial x} = W^\top (p - y), \quad
+        \frac{\partial \ell}{\partial W} = (p - y)\, x^\top, \quad
+        \frac{\partial \ell}{\partial b} = p - y.
+
+    Logits are made in chunks of rows in one buffer (64 MiB of scratch memory on a CPU). Where the
+    loss is reduced, the gradients are made with them; for ``reduction="none"`` the logits are made
+    a second time. Rows that are ignored are left out of all of it. Products and sums are taken in
+    float32 (float64 for float64), so that half precision gives the same loss for every chunk size.
+
+    Derivatives of higher order, forward mode, ``torch.func`` and ``torch.compile`` go through the
+    plain logits, which need their memory.
+
+    Args:
+        input: features (..., D), floating point.
+        linear_weight: (V, D), floating point; or (V, d1, ..., dK, D) for input (N, D): logits
+            (N, V, d1, ..., dK), made at once.
+        target: class indices (...), or class probabilities (..., V); for a K-dimensional weight
+            (N, d1, ..., dK) or (N, V, d1, ..., dK).
+        linear_bias: (V,), or (V, d1, ..., dK).
+        ignore_index: None stands for -100.
+        options: torch's ``LinearCrossEntropyOptions``: its ``batch_chunk_size`` is taken as
+            chunk_rows, the rest has no meaning here.
+        shift: row i of the last leading axis is scored against target i + shift.
+        chunk_rows: rows of logits that exist at a time; None is planned, see
+            :func:`crossent.chunks.plan`.
+        weight, reduction, label_smoothing, sample_weight, denominator, z_loss, softcap,
+        logit_scale, empty, return_dtype, return_stats, backend: as for
+            :func:`crossent.cross_entropy`.
+
+    Returns:
+        The loss: 0-d, or for ``reduction="none"`` one a row; with ``return_stats`` ``(loss,
+        Stats)``. By default in the dtype of the logits that torch would make.
+
+    Raises:
+        IndexError: a target is out of range; names row, value and valid range.
+        ValueError, TypeError: an argument of the wrong shape, range or dtype.
+        BackendError: the backend asked for cannot serve.
+
+    Example:
+        >>> x, w = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> crossent.linear_cross_entropy(x, w, torch.tensor([0, 1]), reduction="none")
+        tensor([0.2395, 0.5514])
+
+    References:
+        Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (ICLR 2025);
+        Hsu et al., "Liger Kernel" (2024), for gradients in the forward pass.
+    """
+    chosen = Options(
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        dim=-1,
+        shift=shift,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        empty=empty,
+        return_dtype=return_dtype,
+        return_stats=return_stats,
+        backend=backend,
+    )
+    if chunk_rows is None and options is not None:
+        chunk_rows = options.batch_chunk_size
+    tensors = (input, linear_weight, target, linear_bias, weight, sample_weight)
+    if has_torch_function_variadic(*tensors):
+        return _ask_override(tensors, denominator, chosen, chunk_rows)
+    check_head(input, linear_weight, linear_bias)
+    if linear_weight.dim() > 2:
+        return _several_dimensions(tensors, denominator, chosen)
+    logits = shape_of_logits(input, linear_weight)
+    problem = pose(logits, target, weight, sample_weight, denominator, chosen)
+    head = Head(flatten(input), linear_weight, linear_bias)
+    if problem.cut or _needs_logits(problem, input, linear_weight, linear_bias):
+        keywords = _keywords(chosen, sample_weight, denominator)
+        keywords.update(return_dtype=problem.logits.result_dtype)
+        return cross_entropy(head.logits().reshape(logits.shape), target, weight, **keywords)
+
+    problem, chunks = problem.verified(), _plan(head, chunk_rows)
+    uniform = reduction != "none" or denominator is not None
+    loss, mass, *stats = _rows(head, LossRows(problem.flat()), chunks, uniform)
+    shape = logits.shape[:-1]
+    loss = reduce(loss.reshape(shape), mass.reshape(shape), reduction, denominator, empty)
+    loss = loss.to(problem.logits.result_dtype)
+    return (loss, Stats(*(s.reshape(shape) for s in stats))) if return_stats else loss
+
+
+def linear_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    index: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    return_dtype: torch.dtype | None = None,
+    chunk_rows: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Log-probability of the class at ``index`` under a linear head, without the (N, V) logits.
+
+    .. math:: \log p_t = z_t - \log \sum_c e^{z_c}, \qquad z = x W^\top + b
+
+    in nats, with its gradients: what policy gradients and distillation need of a language model.
+
+    Args:
+        input: features (..., D).
+        linear_weight: (V, D).
+        index: integers (...), or (..., K) for K classes of each row.
+        linear_bias, chunk_rows: as for :func:`crossent.linear_cross_entropy`.
+        ignore_index, softcap, logit_scale, return_dtype, backend: as for
+            :func:`crossent.log_prob`.
+
+    Returns:
+        Log-probabilities in the shape of ``index``.
+
+    Raises:
+        IndexError: an index is out of range.
+        ValueError, TypeError: an argument of the wrong shape, range or dtype.
+
+    Example:
+        >>> x, w = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> crossent.linear_log_prob(x, w, torch.tensor([[0, 1], [1, 2]]))
+        tensor([[-0.2395, -2.2395],
+                [-0.5514, -1.5514]])
+    """
+    options = Options(
+        ignore_index=ignore_index,
+        dim=-1,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_dtype=return_dtype,
+        backend=backend,
+    )
+    check_head(input, linear_weight, linear_bias)
+    logits = shape_of_logits(input, linear_weight)
+    selection = pose_selection(logits, index, options)
+    head = Head(flatten(input), linear_weight, linear_bias)
+    problem = Problem(selection.logits, selection.chosen, True, None, None)
+    if _needs_logits(problem, input, linear_weight, linear_bias):
+        values = log_prob(
+            head.logits().reshape(logits.shape),
+            index,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            backend=backend,
+        )
+    else:
+        flat = selection._replace(chosen=selection.chosen.reshape(-1, selection.chosen.shape[-1]))
+        (values,) = _rows(head, LogProbRows(flat), _plan(head, chunk_rows), uniform=False)
+    return values.reshape(index.shape).to(selection.logits.result_dtype)
+
+
+def linear_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    return_dtype: torch.dtype | None = None,
+    chunk_rows: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Entropy of each row's softmax under a linear head, without the (N, V) logits.
+
+    .. math:: H = -\sum_c p_c \log p_c, \qquad p = \mathrm{softmax}(x W^\top + b)
+
+    in nats, with its gradients.
+
+    Args:
+        input: features (..., D).
+        linear_weight: (V, D).
+        linear_bias, chunk_rows: as for :func:`crossent.linear_cross_entropy`.
+        softcap, logit_scale, return_dtype, backend: as for :func:`crossent.entropy`.
+
+    Returns:
+        Entropies (...).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, range or dtype.
+
+    Example:
+        >>> crossent.linear_entropy(torch.zeros(1, 3), torch.ones(2, 3))
+        tensor([0.6931])
+    """
+    options = Options(
+        dim=-1,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_dtype=return_dtype,
+        backend=backend,
+    )
+    check_head(input, linear_weight, linear_bias)
+    shape = shape_of_logits(input, linear_weight)
+    logits = pose_logits(shape, options)
+    head = Head(flatten(input), linear_weight, linear_bias)
+    nothing = input.new_empty(0, dtype=torch.int64)
+    if _needs_logits(Problem(logits, nothing, True, None, None), input, linear_weight, linear_bias):
+        values = entropy(
+            head.logits().reshape(shape.shape),
+            softcap=softcap,
+            logit_scale=logit_scale,
+            backend=backend,
+        )
+    else:
+        (values,) = _rows(head, EntropyRows(logits), _plan(head, chunk_rows), uniform=False)
+    return values.reshape(input.shape[:-1]).to(logits.result_dtype)
+
+
+def _plan(head: Head, chunk_rows: int | None) -> Plan:
+    rows, features = head.input.shape
+    convert = head.weight.dtype != head.dtype
+    classes, itemsize = head.weight.shape[0], head.dtype.itemsize
+    return plan(rows, features, classes, itemsize, convert=convert, chunk_rows=chunk_rows)
+
+
+def _needs_logits(problem: Problem, *tensors: Tensor | None) -> bool:
+    """Whether something is asked that a sweep cannot do."""
+    if torch.compiler.is_compiling() or needs_autograd(problem):
+        return True
+    return not all(readable(t) for t in (*tensors, problem.target) if t is not None)
+
+
+def _rows(head: Head, function: RowFunction, chunks: Plan, uniform: bool) -> tuple[Tensor, ...]:
+    """Numbers of each row; with ``uniform``, the caller reduces them by sum or mean."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head)
+    if not wanted:
+        return sweep(head, function, chunks, None).outputs
+    # Under checkpoint and its like, what forward makes is thrown away: make it in backward.
+    offloaded = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    fused: Any = Fused  # torch leaves apply untyped
+    rows: tuple[Tensor, ...] = fused.apply(*head, function, chunks, uniform and not offloaded)
+    return rows
+
+
+def _several_dimensions(
+    tensors: tuple[Any, ...], denominator: float | Tensor | None, options: Options
+) -> Any:
+    """K-dimensional heads (V, d1, ..., dK, D): torch's logits (N, V, d1, ..., dK)."""
+    input, weight, target, bias, class_weight, sample_weight = tensors
+    flat = Head(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
+    logits = flat.logits().reshape(input.shape[0], *weight.shape[:-1])
+    keywords = _keywords(options, sample_weight, denominator)
+    dtype = options.return_dtype or torch.promote_types(input.dtype, weight.dtype)
+    keywords.update(dim=1, return_dtype=dtype)
+    return cross_entropy(logits, target, class_weight, **keywords)
+
+
+def _keywords(
+    options: Options, sample_weight: Tensor | None, denominator: float | Tensor | None
+) -> dict[str, Any]:
+    """Options as the keywords of cross_entropy."""
+    return dict(options._asdict(), sample_weight=sample_weight, denominator=denominator)
+
+
+def _ask_override(
+    tensors: tuple[Any, ...],
+    denominator: float | Tensor | None,
+    options: Options,
+    chunk_rows: int | None,
+) -> Any:
+    """Let a tensor subclass see the public call, as torch's own functions do."""
+    input, weight, target, bias, class_weight, sample_weight = tensors
+    keywords = _keywords(options, sample_weight, denominator)
+    for name in ("dim", "reuse_input"):
+        del keywords[name]
+    keywords.update(linear_bias=bias, weight=class_weight, chunk_rows=chunk_rows)
+    stats = options.return_stats
+    function: Any = _flat_linear_cross_entropy if stats else linear_cross_entropy
+    result: Any = handle_torch_function(function, tensors, input, weight, target, **keywords)
+    return (result[0], Stats(*result[1:])) if stats else result
+
+
+def _flat_linear_cross_entropy(*tensors: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+    """Loss and stats as one plain tuple: subclasses rebuild tuples from an iterable."""
+    loss, stats = linear_cross_entropy(*tensors, **keywords)
+    return (loss, *stats)
