@@ -18,13 +18,14 @@ from .chunks import Plan, plan
 from .derivatives import needs_autograd
 from .functional import cross_entropy, entropy, log_prob
 from .head import Head, check_head, flatten, shape_of_logits
-from .options import Backend, Empty, Options, Reduction
+from .options import Backend, Empty, GradientMode, Options, Reduction, check_scalar
 from .problem import Problem, pose, pose_logits, pose_selection
 from .readable import readable
 from .reduction import reduce
 from .rows import Stats
 from .rowwise import EntropyRows, LogProbRows, LossRows, RowFunction
 from .sweep import Fused, sweep
+from .thinning import MODES, Thinning
 
 
 def linear_cross_entropy(
@@ -47,6 +48,8 @@ def linear_cross_entropy(
     empty: Empty = "nan",
     return_dtype: torch.dtype | None = None,
     return_stats: bool = False,
+    gradient_tolerance: float = 0.0,
+    gradient_mode: GradientMode = "bounded",
     chunk_rows: int | None = None,
     backend: Backend = "auto",
 ) -> Any:
@@ -79,6 +82,15 @@ def linear_cross_entropy(
         options: torch's ``LinearCrossEntropyOptions``: its ``batch_chunk_size`` is taken as
             chunk_rows, the rest has no meaning here.
         shift: row i of the last leading axis is scored against target i + shift.
+        gradient_tolerance: tau; above 0 the gradients are sparse, and the two products that make
+            them take time in proportion to what is left. The loss stays exact. Derivatives of
+            other kinds than a plain backward are exact, too.
+        gradient_mode: "bounded": in each row the entries p - y of smallest size are dropped as long
+            as they add up to at most tau, so that dx is off by at most tau max_c |W_c| (in any
+            norm), dW by at most tau sum |x| (Frobenius), each row times its weight in the loss.
+            "unbiased": entries with p < tau become tau, each with probability p / tau, so that at
+            most 1 / tau + 2 are left beside those above it, and the expectation of every gradient
+            is the exact one; drawn with torch's generator. Proofs in docs/sparse-gradients.md.
         chunk_rows: rows of logits that exist at a time; None is planned, see
             :func:`crossent.chunks.plan`.
         weight, reduction, label_smoothing, sample_weight, denominator, z_loss, softcap,
@@ -121,8 +133,14 @@ def linear_cross_entropy(
         chunk_rows = options.batch_chunk_size
     tensors = (input, linear_weight, target, linear_bias, weight, sample_weight)
     if has_torch_function_variadic(*tensors):
-        return _ask_override(tensors, denominator, chosen, chunk_rows)
+        more = {
+            "chunk_rows": chunk_rows,
+            "gradient_tolerance": gradient_tolerance,
+            "gradient_mode": gradient_mode,
+        }
+        return _ask_override(tensors, denominator, chosen, more)
     check_head(input, linear_weight, linear_bias)
+    _check_thinning(gradient_tolerance, gradient_mode)
     if linear_weight.dim() > 2:
         return _several_dimensions(tensors, denominator, chosen)
     logits = shape_of_logits(input, linear_weight)
@@ -135,7 +153,9 @@ def linear_cross_entropy(
 
     problem, chunks = problem.verified(), _plan(head, chunk_rows)
     uniform = reduction != "none" or denominator is not None
-    loss, mass, *stats = _rows(head, LossRows(problem.flat()), chunks, uniform)
+    thinning = _thinning(gradient_tolerance, gradient_mode)
+    function = LossRows(problem.flat(), thinning, neighbours=linear_weight.stride(-1) == 1)
+    loss, mass, *stats = _rows(head, function, chunks, uniform)
     shape = logits.shape[:-1]
     loss = reduce(loss.reshape(shape), mass.reshape(shape), reduction, denominator, empty)
     loss = loss.to(problem.logits.result_dtype)
@@ -267,6 +287,21 @@ def linear_entropy(
     return values.reshape(input.shape[:-1]).to(logits.result_dtype)
 
 
+def _check_thinning(tolerance: float, mode: str) -> None:
+    check_scalar("gradient_tolerance", tolerance, low=0.0)
+    if mode not in MODES:
+        raise ValueError(f"gradient_mode: expected one of {', '.join(MODES)}, got {mode!r}")
+
+
+def _thinning(tolerance: float, mode: str) -> Thinning | None:
+    """What is asked for, with a seed from torch's generator where one is needed."""
+    if tolerance == 0:
+        return None
+    unbiased = mode == "unbiased"
+    seed = int(torch.randint(2**62, ())) if unbiased and torch.is_grad_enabled() else 0
+    return Thinning(float(tolerance), unbiased, seed)
+
+
 def _plan(head: Head, chunk_rows: int | None) -> Plan:
     rows, features = head.input.shape
     convert = head.weight.dtype != head.dtype
@@ -317,14 +352,14 @@ def _ask_override(
     tensors: tuple[Any, ...],
     denominator: float | Tensor | None,
     options: Options,
-    chunk_rows: int | None,
+    more: dict[str, Any],
 ) -> Any:
     """Let a tensor subclass see the public call, as torch's own functions do."""
     input, weight, target, bias, class_weight, sample_weight = tensors
     keywords = _keywords(options, sample_weight, denominator)
     for name in ("dim", "reuse_input"):
         del keywords[name]
-    keywords.update(linear_bias=bias, weight=class_weight, chunk_rows=chunk_rows)
+    keywords.update(more, linear_bias=bias, weight=class_weight)
     stats = options.return_stats
     function: Any = _flat_linear_cross_entropy if stats else linear_cross_entropy
     result: Any = handle_torch_function(function, tensors, input, weight, target, **keywords)

@@ -13,6 +13,7 @@ from .linear import linear_cross_entropy
 from .options import Options, Reduction
 
 _TORCHS = ("ignore_index", "reduction", "label_smoothing")
+_HEADS = ("chunk_rows", "gradient_tolerance", "gradient_mode")
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -96,7 +97,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         reduction, weight, ignore_index, label_smoothing, options: as for
             :func:`crossent.linear_cross_entropy`.
         more: ``shift``, ``z_loss``, ``softcap``, ``logit_scale``, ``empty``, ``return_dtype``,
-            ``return_stats``, ``chunk_rows`` and ``backend`` of it.
+            ``return_stats``, ``gradient_tolerance``, ``gradient_mode``, ``chunk_rows`` and
+            ``backend`` of it.
 
     Raises:
         ValueError, TypeError: an option of the wrong value or an unknown name.
@@ -123,7 +125,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         options: Any = None,
         **more: Any,
     ) -> None:
-        _check_names("LinearCrossEntropyLoss", more, ("dim", "reuse_input"), ("chunk_rows",))
+        _check_names("LinearCrossEntropyLoss", more, ("dim", "reuse_input"), _HEADS)
         super().__init__()
         if weight is not None and weight.shape != (num_classes,):
             raise ValueError(
@@ -135,7 +137,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.num_classes, self.out_features = num_classes, out_features
         self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing, self.options, self.more = label_smoothing, options, more
-        shared = {name: value for name, value in more.items() if name != "chunk_rows"}
+        shared = {name: value for name, value in more.items() if name not in _HEADS}
         Options(reduction=reduction, label_smoothing=label_smoothing, **shared).checked()
         classes = math.prod(out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, classes, bias, device, dtype)

@@ -5,6 +5,10 @@ to the gradient; ``backward_`` writes it into the logits. ``crossent::total`` is
 who want sums alone: float64 (3,), of loss, of mass, and what ``wrong`` says; the same bits for any
 number of threads. ``crossent::advise`` asks for large pages under memory not yet touched.
 
+``crossent::thin`` leaves a few entries of a gradient (n, V) (src/crossent/thinning.py): start
+(n + 1), column (int32), value; nothing at all where more than ``limit`` are left. Their product
+with a weight (V, D) is ``gather``, that of the transpose with x (n, D) is added by ``scatter_``.
+
 Targets are int64 (*rows), or probabilities (*rows, V). ``weight`` (V,), ``sample_weight`` (*rows)
 and ``upstream`` (*rows), or 0-d for all rows, have the computing dtype, which is float64 if
 ``wide``, else float32; a softcap of 0 is none. ``saved`` holds what backward needs, each kind for
@@ -45,6 +49,14 @@ _library.define(
     f" {_OPTIONS}) -> ()"
 )
 _library.define("advise(Tensor memory) -> ()")
+_library.define(
+    "thin(Tensor gradient, Tensor scale, Tensor target, Tensor row, float tau, bool unbiased,"
+    " int seed, int limit) -> (Tensor start, Tensor column, Tensor value)"
+)
+_library.define("gather(Tensor start, Tensor column, Tensor value, Tensor weight) -> Tensor")
+_library.define(
+    "scatter_(Tensor(a!) dweight, Tensor start, Tensor column, Tensor value, Tensor x) -> ()"
+)
 
 
 @torch.library.register_fake("crossent::forward", lib=_library)
@@ -93,6 +105,23 @@ def _backward_(*_: Any) -> None:
 
 @torch.library.register_fake("crossent::advise", lib=_library)
 def _advise(memory: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("crossent::thin", lib=_library)
+def _thin(gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    left = torch.library.get_ctx().new_dynamic_size()
+    start = gradient.new_empty(gradient.shape[0] + 1, dtype=torch.int64)
+    return start, gradient.new_empty(left, dtype=torch.int32), gradient.new_empty(left)
+
+
+@torch.library.register_fake("crossent::gather", lib=_library)
+def _gather(start: Tensor, column: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    return value.new_empty(start.shape[0] - 1, weight.shape[1])
+
+
+@torch.library.register_fake("crossent::scatter_", lib=_library)
+def _scatter_(*_: Any) -> None:
     return None
 
 

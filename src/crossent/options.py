@@ -10,6 +10,7 @@ from torch import Tensor
 
 Reduction = Literal["none", "sum", "mean"]
 Empty = Literal["nan", "zero", "raise"]
+GradientMode = Literal["bounded", "unbiased"]
 Backend = Literal["auto", "reference", "cpu", "triton"]
 
 REDUCTIONS = ("none", "sum", "mean")

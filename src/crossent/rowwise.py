@@ -11,6 +11,7 @@ from torch import Tensor
 from . import backends
 from .problem import Logits, Problem, Selection
 from .readable import readable
+from .thinning import Entries, Thinning
 
 Place = slice | Tensor  # which rows: an index into one axis of them
 
@@ -33,7 +34,7 @@ class RowFunction(Protocol):
 
     def compute(
         self, place: Place, logits: Tensor, upstream: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    ) -> tuple[tuple[Tensor, ...], Tensor | Entries | None]:
         """The numbers of some rows; and the gradient by their logits, which may be lost."""
 
     def values(self, logits: Tensor) -> Tensor:
@@ -44,6 +45,8 @@ class LossRows(NamedTuple):
     """Losses: outputs are loss, mass, and the statistics where they are wanted."""
 
     problem: Problem  # its rows on one axis
+    thinning: Thinning | None = None
+    neighbours: bool = True  # features of a class lie next to each other, as kernels want them
 
     @property
     def blanks(self) -> tuple[float, ...]:
@@ -57,7 +60,8 @@ class LossRows(NamedTuple):
     def holding(self, tensors: tuple[Any, ...]) -> LossRows:
         """The same with other tensors in their places."""
         names = ("target", "weight", "sample_weight")
-        return LossRows(self.problem._replace(**dict(zip(names, tensors, strict=True))))
+        problem = self.problem._replace(**dict(zip(names, tensors, strict=True)))
+        return self._replace(problem=problem)
 
     def kept(self) -> Tensor | None:
         """The rows that are counted."""
@@ -68,11 +72,19 @@ class LossRows(NamedTuple):
 
     def compute(
         self, place: Place, logits: Tensor, upstream: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    ) -> tuple[tuple[Tensor, ...], Tensor | Entries | None]:
         """Rows of losses, through the kernels where they serve."""
         part = self.problem.part(place, logits)
         rows, gradient = backends.rows_and_gradient(part, upstream)
-        return (rows.loss, rows.mass, *(rows.stats or ())), gradient
+        values = (rows.loss, rows.mass, *(rows.stats or ()))
+        if upstream is None or gradient is None or self.thinning is None:
+            return values, gradient
+        if isinstance(place, slice):
+            place = torch.arange(place.start, place.stop, device=logits.device)
+        target = part.target if part.by_index else torch.full_like(place, -1)
+        scale = (upstream * rows.mass).abs()
+        kernels = self.neighbours and backends.choose(part).name == "cpu"
+        return values, self.thinning.of(gradient, scale, target, place, kernels)
 
     def values(self, logits: Tensor) -> Tensor:
         """The losses of all rows."""

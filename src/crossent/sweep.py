@@ -23,6 +23,7 @@ from . import backends
 from .chunks import Plan
 from .head import Head
 from .rowwise import RowFunction
+from .thinning import Entries
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -89,7 +90,7 @@ class _Work:
 
     def logits(self, place: slice | Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Features and logits of some rows."""
-        x = self.head.input[place].to(self.head.dtype)
+        x = self.head.input[place].to(self.head.dtype).contiguous()
         logits, bias = self.buffer[:rows], self.head.bias
         for classes, weight in self.blocks():
             out = logits[:, classes]
@@ -112,28 +113,37 @@ class _Work:
         for whole, value in zip(self.outputs, values, strict=True):
             whole[place] = value
 
-    def accumulate(self, place: slice | Tensor, x: Tensor, gradient: Tensor) -> None:
+    def accumulate(self, place: slice | Tensor, x: Tensor, gradient: Tensor | Entries) -> None:
         """The gradients of some rows, from that of their logits."""
         if self.dx is not None:
-            dx, whole = self.chunk_dx[: gradient.shape[0]], self.head.weight
-            if whole.dtype == gradient.dtype:
-                torch.mm(gradient, whole, out=dx)
-            else:
-                dx.zero_()
-                for classes, weight in self.blocks():
-                    dx.addmm_(gradient[:, classes], weight)
-            self.dx[place] = dx.to(self.dx.dtype)
+            self.dx[place] = self.product(gradient).to(self.dx.dtype)
         if self.dweight is not None:
-            torch.addmm(
-                self.dweight,
-                gradient.t(),
-                x,
-                beta=0 if self.first else 1,  # the first chunk fills fresh memory
-                out=self.dweight,
-            )
+            if isinstance(gradient, Entries):
+                if self.first:
+                    self.dweight.zero_()
+                gradient.add_outer(self.dweight, x)
+            else:  # the first chunk fills fresh memory
+                beta = 0 if self.first else 1
+                torch.addmm(self.dweight, gradient.t(), x, beta=beta, out=self.dweight)
         if self.dbias is not None:
-            self.dbias += gradient.sum(0)
+            if isinstance(gradient, Entries):
+                gradient.add_sum(self.dbias)
+            else:
+                self.dbias += gradient.sum(0)
         self.first = False
+
+    def product(self, gradient: Tensor | Entries) -> Tensor:
+        """The gradient of the features of some rows."""
+        weight = self.head.weight
+        if isinstance(gradient, Entries):
+            return gradient.times(weight)
+        dx = self.chunk_dx[: gradient.shape[0]]
+        if weight.dtype == gradient.dtype:
+            return torch.mm(gradient, weight, out=dx)
+        dx.zero_()
+        for classes, block in self.blocks():
+            dx.addmm_(gradient[:, classes], block)
+        return dx
 
     def result(self) -> Swept:
         """What is left after the last chunk."""
