@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 help:
 	@echo "make demo   train a digits classifier with crossent, beside PyTorch's loss"
 	@echo "make test   everything that CI runs: lint, types, tests, doctests, notebooks"
-	@echo "make bench  time the loss beside PyTorch's"
+	@echo "make bench  time the loss and the fused head beside their peers"
 	@echo "make docs   write the generated pages again (docs/numerics.md, notebooks)"
 	@echo "make wheel  build dist/*.whl and try it outside the repository"
 	@echo "make sanitize  run the kernels' tests under GCC's sanitizers"
@@ -34,8 +34,11 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+# Cut Cross-Entropy asks for any torch and for Triton: taken without what it asks for.
 bench: setup
+	-$(INSTALL) --no-deps triton cut-cross-entropy==25.1.1
 	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/head.py
 
 docs: setup
 	$(BIN)/python scripts/numerics.py

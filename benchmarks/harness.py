@@ -7,9 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
 class Timing(NamedTuple):
@@ -87,3 +93,31 @@ print((kib("VmHWM") - before) / 1024)
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     return float(done.stdout)
+
+
+Titled = tuple[str, tuple[str, ...], list[list[str]]]  # title, headings, lines
+
+
+def report(tables: list[Titled], mark: str | None) -> None:
+    """Print tables; with a mark, write them between its two places in docs/performance.md."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=220)
+    machine = (
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+    )
+    for title, headings, lines in tables:
+        table = Table(*headings, title=title, box=box.SIMPLE_HEAD)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    console.print(machine)
+    if mark is None:
+        return
+    text = [mark, "", machine]
+    for title, headings, lines in tables:
+        ruled = [list(headings), ["---"] * len(headings), *lines]
+        text += ["", f"{title}:", "", *(f"| {' | '.join(line)} |" for line in ruled)]
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(mark)
+    after = rest.partition(mark)[2]
+    PAGE.write_text(before + "\n".join([*text, "", mark]) + after, encoding="utf-8")

@@ -11,22 +11,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import click
 import torch
 import torch.nn.functional as F
-from harness import Timing, alternate, floors, peak_memory
-from rich import box
+from harness import Timing, alternate, floors, peak_memory, report
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 import crossent
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 MARK = "<!-- table: benchmarks/loss.py --write -->"
 
 
@@ -191,8 +187,6 @@ def timings_with_huge_pages(full: bool) -> list[list[str]]:
 @click.option("--lines", is_flag=True, hidden=True)
 def main(full: bool, write: bool, lines: bool) -> None:
     """Time the loss beside PyTorch's."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=220)
     shapes, seconds = (FULL, 3.0) if full else (QUICK, 0.5)
     if lines:
         print(json.dumps(timings(largest(shapes), seconds)))
@@ -209,30 +203,7 @@ def main(full: bool, write: bool, lines: bool) -> None:
         ("logits", "MiB", "eager", "ours"),
         [memory(s) for s in largest(shapes)],
     )
-    tables = [times, huge, memories]
-    for title, headings, cells in tables:
-        table = Table(*headings, title=title, box=box.SIMPLE_HEAD)
-        for line in cells:
-            table.add_row(*line)
-        console.print(table)
-    machine = (
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}"
-    )
-    console.print(machine)
-    if write:
-        _write(machine, tables)
-
-
-def _write(machine: str, tables: list[tuple[str, tuple[str, ...], list[list[str]]]]) -> None:
-    """Put the tables into the page between its marks."""
-    text = [MARK, "", machine]
-    for title, headings, cells in tables:
-        lines = [headings, ["---"] * len(headings), *cells]
-        text += ["", f"{title}:", "", *(f"| {' | '.join(line)} |" for line in lines)]
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
-    after = rest.partition(MARK)[2]
-    PAGE.write_text(before + "\n".join([*text, "", MARK]) + after, encoding="utf-8")
+    report([times, huge, memories], MARK if write else None)
 
 
 if __name__ == "__main__":

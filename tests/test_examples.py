@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -134,3 +136,25 @@ def test_epoch_loss_counts_rows_not_batches(digits):
 def test_easiest_and_worst_rows(digits):
     logits = torch.tensor([[3.0, 0.0], [0.0, 1.0], [9.0, 0.0], [0.0, 5.0], [0.0, 0.0]])
     assert digits.easiest_and_worst(logits, torch.zeros(5, dtype=torch.int64)) == [2, 0, 1, 3]
+
+
+def test_language_model(tmp_path):
+    """Every head trains the same model: the curves coincide, the files are there."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "language_model.py"), "--short", "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = {run["name"]: run for run in json.loads((tmp_path / "language-model.json").read_text())}
+    plain = runs["plain"]["losses"]
+    assert plain[-1] < plain[0]
+    for name in ("torch, chunked", "crossent"):
+        if name in runs:
+            assert runs[name]["losses"] == pytest.approx(plain, abs=1e-4)
+    for name in ("crossent, bounded", "crossent, unbiased"):
+        assert runs[name]["losses"] == pytest.approx(plain, abs=0.05)
+    assert (tmp_path / "language-model.png").read_bytes()[:4] == b"\x89PNG"
+    assert "test perplexity" in done.stdout

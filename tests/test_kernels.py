@@ -284,6 +284,19 @@ def test_backend_for_tells_what_hands_over():
     assert "torch.func" in seen[0].reason
 
 
+def test_compiled_code_has_the_kernels_in_its_graph():
+    seen = []
+
+    def look(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(crossent.cross_entropy, fullgraph=True, backend=look)
+    compiled(torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3]))
+    assert "crossent.forward" in seen
+
+
 def test_missing_kernels_are_said(monkeypatch):
     monkeypatch.setattr(cpu, "MISSING", "its kernels were not built")
     x, t = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])

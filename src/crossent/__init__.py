@@ -19,7 +19,8 @@ from .calculus import (
     softmax_jacobian,
 )
 from .functional import backend_for, cross_entropy, entropy, log_prob
-from .linear import linear_cross_entropy, linear_entropy, linear_log_prob
+from .linear import linear_cross_entropy
+from .linear_rows import linear_entropy, linear_log_prob
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from .patching import patch
 from .rows import Stats

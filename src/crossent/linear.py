@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .chunks import Plan, plan
-from .derivatives import needs_autograd
-from .functional import cross_entropy, entropy, log_prob
+from .chunks import Plan
+from .derivatives import needs_autograd, needs_logits
+from .functional import cross_entropy
 from .head import Head, check_head, flatten, shape_of_logits
 from .options import Backend, Empty, GradientMode, Options, Reduction, check_scalar
-from .problem import Problem, pose, pose_logits, pose_selection
-from .readable import readable
+from .problem import Problem, pose
 from .reduction import reduce
 from .rows import Stats
-from .rowwise import EntropyRows, LogProbRows, LossRows, RowFunction
-from .sweep import Fused, sweep
+from .rowwise import LossRows
+from .sweep import plan_for, sweep_rows
+from .sweep_op import settings
 from .thinning import MODES, Thinning
 
 
@@ -68,8 +68,9 @@ def linear_cross_entropy(
     a second time. Rows that are ignored are left out of all of it. Products and sums are taken in
     float32 (float64 for float64), so that half precision gives the same loss for every chunk size.
 
-    Derivatives of higher order, forward mode, ``torch.func`` and ``torch.compile`` go through the
-    plain logits, which need their memory.
+    Derivatives of higher order, forward mode and ``torch.func`` go through the plain logits, which
+    need their memory. Under ``torch.compile`` the head is one operator of the graph, with exact
+    gradients.
 
     Args:
         input: features (..., D), floating point.
@@ -146,145 +147,23 @@ def linear_cross_entropy(
     logits = shape_of_logits(input, linear_weight)
     problem = pose(logits, target, weight, sample_weight, denominator, chosen)
     head = Head(flatten(input), linear_weight, linear_bias)
-    if problem.cut or _needs_logits(problem, input, linear_weight, linear_bias):
+    uniform = reduction != "none" or denominator is not None
+    compiling = torch.compiler.is_compiling() and not return_stats and not needs_autograd(problem)
+    if compiling and not problem.cut:
+        loss, mass = _compiled_rows(head, problem.flat(), plan_for(head, chunk_rows), uniform)
+        return _reduced(loss, mass, problem, denominator)
+    if problem.cut or needs_logits(problem, input, linear_weight, linear_bias):
         keywords = _keywords(chosen, sample_weight, denominator)
         keywords.update(return_dtype=problem.logits.result_dtype)
         return cross_entropy(head.logits().reshape(logits.shape), target, weight, **keywords)
 
-    problem, chunks = problem.verified(), _plan(head, chunk_rows)
-    uniform = reduction != "none" or denominator is not None
+    problem, chunks = problem.verified(), plan_for(head, chunk_rows)
     thinning = _thinning(gradient_tolerance, gradient_mode)
     function = LossRows(problem.flat(), thinning, neighbours=linear_weight.stride(-1) == 1)
-    loss, mass, *stats = _rows(head, function, chunks, uniform)
+    loss, mass, *stats = sweep_rows(head, function, chunks, uniform)
+    loss = _reduced(loss, mass, problem, denominator)
     shape = logits.shape[:-1]
-    loss = reduce(loss.reshape(shape), mass.reshape(shape), reduction, denominator, empty)
-    loss = loss.to(problem.logits.result_dtype)
     return (loss, Stats(*(s.reshape(shape) for s in stats))) if return_stats else loss
-
-
-def linear_log_prob(
-    input: Tensor,
-    linear_weight: Tensor,
-    index: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    return_dtype: torch.dtype | None = None,
-    chunk_rows: int | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    r"""Log-probability of the class at ``index`` under a linear head, without the (N, V) logits.
-
-    .. math:: \log p_t = z_t - \log \sum_c e^{z_c}, \qquad z = x W^\top + b
-
-    in nats, with its gradients: what policy gradients and distillation need of a language model.
-
-    Args:
-        input: features (..., D).
-        linear_weight: (V, D).
-        index: integers (...), or (..., K) for K classes of each row.
-        linear_bias, chunk_rows: as for :func:`crossent.linear_cross_entropy`.
-        ignore_index, softcap, logit_scale, return_dtype, backend: as for
-            :func:`crossent.log_prob`.
-
-    Returns:
-        Log-probabilities in the shape of ``index``.
-
-    Raises:
-        IndexError: an index is out of range.
-        ValueError, TypeError: an argument of the wrong shape, range or dtype.
-
-    Example:
-        >>> x, w = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-        >>> crossent.linear_log_prob(x, w, torch.tensor([[0, 1], [1, 2]]))
-        tensor([[-0.2395, -2.2395],
-                [-0.5514, -1.5514]])
-    """
-    options = Options(
-        ignore_index=ignore_index,
-        dim=-1,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_dtype=return_dtype,
-        backend=backend,
-    )
-    check_head(input, linear_weight, linear_bias)
-    logits = shape_of_logits(input, linear_weight)
-    selection = pose_selection(logits, index, options)
-    head = Head(flatten(input), linear_weight, linear_bias)
-    problem = Problem(selection.logits, selection.chosen, True, None, None)
-    if _needs_logits(problem, input, linear_weight, linear_bias):
-        values = log_prob(
-            head.logits().reshape(logits.shape),
-            index,
-            ignore_index=ignore_index,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            backend=backend,
-        )
-    else:
-        flat = selection._replace(chosen=selection.chosen.reshape(-1, selection.chosen.shape[-1]))
-        (values,) = _rows(head, LogProbRows(flat), _plan(head, chunk_rows), uniform=False)
-    return values.reshape(index.shape).to(selection.logits.result_dtype)
-
-
-def linear_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    return_dtype: torch.dtype | None = None,
-    chunk_rows: int | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    r"""Entropy of each row's softmax under a linear head, without the (N, V) logits.
-
-    .. math:: H = -\sum_c p_c \log p_c, \qquad p = \mathrm{softmax}(x W^\top + b)
-
-    in nats, with its gradients.
-
-    Args:
-        input: features (..., D).
-        linear_weight: (V, D).
-        linear_bias, chunk_rows: as for :func:`crossent.linear_cross_entropy`.
-        softcap, logit_scale, return_dtype, backend: as for :func:`crossent.entropy`.
-
-    Returns:
-        Entropies (...).
-
-    Raises:
-        ValueError, TypeError: an argument of the wrong shape, range or dtype.
-
-    Example:
-        >>> crossent.linear_entropy(torch.zeros(1, 3), torch.ones(2, 3))
-        tensor([0.6931])
-    """
-    options = Options(
-        dim=-1,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_dtype=return_dtype,
-        backend=backend,
-    )
-    check_head(input, linear_weight, linear_bias)
-    shape = shape_of_logits(input, linear_weight)
-    logits = pose_logits(shape, options)
-    head = Head(flatten(input), linear_weight, linear_bias)
-    nothing = input.new_empty(0, dtype=torch.int64)
-    if _needs_logits(Problem(logits, nothing, True, None, None), input, linear_weight, linear_bias):
-        values = entropy(
-            head.logits().reshape(shape.shape),
-            softcap=softcap,
-            logit_scale=logit_scale,
-            backend=backend,
-        )
-    else:
-        (values,) = _rows(head, EntropyRows(logits), _plan(head, chunk_rows), uniform=False)
-    return values.reshape(input.shape[:-1]).to(logits.result_dtype)
 
 
 def _check_thinning(tolerance: float, mode: str) -> None:
@@ -302,30 +181,28 @@ def _thinning(tolerance: float, mode: str) -> Thinning | None:
     return Thinning(float(tolerance), unbiased, seed)
 
 
-def _plan(head: Head, chunk_rows: int | None) -> Plan:
-    rows, features = head.input.shape
-    convert = head.weight.dtype != head.dtype
-    classes, itemsize = head.weight.shape[0], head.dtype.itemsize
-    return plan(rows, features, classes, itemsize, convert=convert, chunk_rows=chunk_rows)
+def _compiled_rows(
+    head: Head, problem: Problem, chunks: Plan, uniform: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses and masses of rows, by an operator that torch.compile can hold."""
+    needs = [
+        uniform and torch.is_grad_enabled() and t is not None and t.requires_grad for t in head
+    ]
+    factors = (problem.target, problem.weight, problem.sample_weight)
+    given = settings(problem, chunks)
+    loss, mass, *_ = torch.ops.crossent.sweep(*head, *factors, *given, needs)
+    return loss, mass
 
 
-def _needs_logits(problem: Problem, *tensors: Tensor | None) -> bool:
-    """Whether something is asked that a sweep cannot do."""
-    if torch.compiler.is_compiling() or needs_autograd(problem):
-        return True
-    return not all(readable(t) for t in (*tensors, problem.target) if t is not None)
-
-
-def _rows(head: Head, function: RowFunction, chunks: Plan, uniform: bool) -> tuple[Tensor, ...]:
-    """Numbers of each row; with ``uniform``, the caller reduces them by sum or mean."""
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head)
-    if not wanted:
-        return sweep(head, function, chunks, None).outputs
-    # Under checkpoint and its like, what forward makes is thrown away: make it in backward.
-    offloaded = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    fused: Any = Fused  # torch leaves apply untyped
-    rows: tuple[Tensor, ...] = fused.apply(*head, function, chunks, uniform and not offloaded)
-    return rows
+def _reduced(
+    loss: Tensor, mass: Tensor, problem: Problem, denominator: float | Tensor | None
+) -> Tensor:
+    """What the caller asked for, from one number a row."""
+    shape, options = problem.logits.rows.shape[:-1], problem.options
+    reduced = reduce(
+        loss.reshape(shape), mass.reshape(shape), options.reduction, denominator, options.empty
+    )
+    return reduced.to(problem.logits.result_dtype)
 
 
 def _several_dimensions(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from . import backends
-from .chunks import Plan
+from .chunks import Plan, plan
 from .head import Head
 from .rowwise import RowFunction
 from .thinning import Entries
@@ -227,3 +227,25 @@ def _through_autograd(
         found = iter(torch.autograd.grad(values, wanted, upstream, create_graph=create_graph))
     dx, dweight, dbias = (next(found) if needed else None for needed in needs)
     return dx, dweight, dbias
+
+
+def sweep_rows(
+    head: Head, function: RowFunction, chunks: Plan, uniform: bool
+) -> tuple[Tensor, ...]:
+    """Numbers of each row; with ``uniform``, the caller reduces them by sum or mean."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head)
+    if not wanted:
+        return sweep(head, function, chunks, None).outputs
+    # Under checkpoint and its like, what forward makes is thrown away: make it in backward.
+    offloaded = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    fused: Any = Fused  # torch leaves apply untyped
+    rows: tuple[Tensor, ...] = fused.apply(*head, function, chunks, uniform and not offloaded)
+    return rows
+
+
+def plan_for(head: Head, chunk_rows: int | None) -> Plan:
+    """How this head is swept."""
+    rows, features = head.input.shape
+    convert = head.weight.dtype != head.dtype
+    classes, itemsize = head.weight.shape[0], head.dtype.itemsize
+    return plan(rows, features, classes, itemsize, convert=convert, chunk_rows=chunk_rows)
