@@ -120,7 +120,7 @@ CROSSENT_INLINE double log1p_(float, double x) {
   p = p * q + 2.0 / 5;
   p = p * q + 2.0 / 3;
   const double log = double(e) * 0.69314718055994530942 + (s * 2.0 + s * q * p);
-  return x != x ? x : x < 0x1p-28 ? x - 0.5 * x * x : log;
+  return x != x ? x : x < 0x1p-26 ? x - 0.5 * x * x : log;
 }
 CROSSENT_INLINE double log1p_(double, double x) { return std::log1p(x); }
 

@@ -22,7 +22,7 @@ CROSSENT_INLINE void log1p_lanes(float, const double* x, double* out) {
     p = p * q + 2.0 / 3;
     const V<double> log =
         __builtin_convertvector(e, V<double>) * 0.69314718055994530942 + (s * 2.0 + s * q * p);
-    store(out + i, v < 0x1p-28 ? v - v * v * 0.5 : log);
+    store(out + i, v < 0x1p-26 ? v - v * v * 0.5 : log);
   }
 }
 CROSSENT_INLINE void log1p_lanes(double, const double* x, double* out) {

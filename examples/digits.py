@@ -284,6 +284,8 @@ def main(epochs: int, seed: int, output: Path) -> None:
         )
         runs.append(train(name, loss, model, digits, ticks, seed))
     report(console, digits, *runs)
+    console.print("Why is crossent's test loss what it is?\n", style="bold")
+    console.print(crossent.explain(runs[0].logits, digits.test_y))
     for path in save(output, digits, *runs):
         console.print("wrote", os.path.relpath(path), soft_wrap=True)
 

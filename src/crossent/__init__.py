@@ -18,6 +18,7 @@ from .calculus import (
     softmax,
     softmax_jacobian,
 )
+from .explain import Explanation, Suspect, explain
 from .functional import backend_for, cross_entropy, entropy, log_prob
 from .linear import linear_cross_entropy
 from .linear_rows import linear_entropy, linear_log_prob
@@ -39,12 +40,15 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossentWarning",
     "DoubleSoftmaxWarning",
+    "Explanation",
     "LinearCrossEntropyLoss",
     "Stats",
     "Steps",
+    "Suspect",
     "backend_for",
     "cross_entropy",
     "entropy",
+    "explain",
     "gradient",
     "hessian",
     "likelihood",

@@ -1,8 +1,10 @@
-"""The command line: ``crossent note`` and ``crossent check``."""
+"""The command line: ``crossent explain``, ``crossent note`` and ``crossent check``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from .explain import Explanation
     from .options import Backend
     from .testing import Errors, RowLoss
 
@@ -73,6 +76,80 @@ def check(largest: int) -> None:
     console.print(f"torch {torch.__version__}; contract: 4 ulp, 1e-6, target's entry uncancelled")
     if broken:
         raise SystemExit(1)
+
+
+_FILE = click.Path(path_type=Path)
+
+
+@main.command()
+@click.argument("logits", type=_FILE)
+@click.argument("target", type=_FILE, required=False)
+@click.option("--classes", type=_FILE, help="A text file with one class name a line.")
+@click.option("--json", "json_path", type=_FILE, help="Write everything as JSON; - is stdout.")
+@click.option("--top", default=10, show_default=True, help="How many lines a table shows.")
+@click.option("--ignore-index", default=-100, show_default=True, help="Rows to leave out.")
+def explain(
+    logits: Path,
+    target: Path | None,
+    classes: Path | None,
+    json_path: Path | None,
+    top: int,
+    ignore_index: int,
+) -> None:
+    """Say which rows, classes and pairs make up a loss, and what looks wrong.
+
+    LOGITS (N, V) or (B, T, V) and TARGET are .npy, .npz, .csv, .parquet, .safetensors or .pt files;
+    without TARGET, a .npz file holds both. Exits with 2 for bad input.
+    """
+    from .data import DataError, has, load, names
+
+    try:
+        if target is None and not has(logits, "target"):
+            raise DataError(f"{logits}: expected a second file with the targets, or a .npz file")
+        scores, labels = load(logits, "logits"), load(target or logits, "target")
+        why = _explained(scores, labels, names(classes) if classes else None, ignore_index)
+    except (DataError, OSError) as error:
+        raise _BadInput(error) from error
+    except (ValueError, TypeError, IndexError) as error:
+        raise _BadInput(f"{logits}: {error}") from error
+    if json_path is not None:
+        text = why.to_json(top)
+        if str(json_path) == "-":
+            click.echo(text)
+            return
+        json_path.write_text(text, encoding="utf-8")
+    from .explain.terminal import as_renderable
+
+    _console().print(as_renderable(why, top))
+
+
+def _explained(
+    logits: Any, target: Any, classes: list[str] | None, ignore_index: int
+) -> Explanation:
+    """The explanation, with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .explain import explain as run
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("rows", total=math.prod(logits.shape[:-1]) or None)
+        return run(
+            logits,
+            target,
+            classes=classes,
+            ignore_index=ignore_index,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+
+
+class _BadInput(click.ClickException):
+    """One line on stderr, exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).split()))
 
 
 def _losses() -> Iterator[tuple[str, torch.dtype, RowLoss, bool]]:

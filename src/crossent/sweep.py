@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from . import backends
-from .chunks import Plan, plan
+from .chunks import BUDGET, Plan, plan
 from .head import Head
 from .rowwise import RowFunction
 from .thinning import Entries
@@ -246,6 +246,19 @@ def sweep_rows(
 def plan_for(head: Head, chunk_rows: int | None) -> Plan:
     """How this head is swept."""
     rows, features = head.input.shape
-    convert = head.weight.dtype != head.dtype
-    classes, itemsize = head.weight.shape[0], head.dtype.itemsize
-    return plan(rows, features, classes, itemsize, convert=convert, chunk_rows=chunk_rows)
+    return plan(
+        rows,
+        features,
+        head.weight.shape[0],
+        head.dtype.itemsize,
+        convert=head.weight.dtype != head.dtype,
+        budget=_budget(head.input.device),
+        chunk_rows=chunk_rows,
+    )
+
+
+def _budget(device: torch.device) -> int:
+    """Bytes of scratch memory: a fixed sum on a CPU, a share of what is free on a GPU."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return BUDGET
+    return max(BUDGET, torch.cuda.mem_get_info(device)[0] // 16)

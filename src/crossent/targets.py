@@ -106,7 +106,7 @@ def check_index(input: Tensor, index: Tensor, axis: int) -> None:
     ):
         raise ValueError(
             f"index: expected shape {tuple(rows)}, or that with K classes on axis {axis}, for "
-            f"input of shape {tuple(input.shape)}, got {tuple(index.shape)}"
+            f"logits of shape {tuple(input.shape)}, got {tuple(index.shape)}"
         )
 
 
@@ -128,7 +128,7 @@ def _shape_error(
     shape, classes = tuple(target.shape), input.shape[axis]
     expected = (
         f"target: expected class indices of shape {tuple(rows_shape)} or class probabilities of "
-        f"shape {tuple(input.shape)} for input of shape {tuple(input.shape)} with classes on axis "
+        f"shape {tuple(input.shape)} for logits of shape {tuple(input.shape)} with classes on axis "
         f"{axis}, got {target.dtype} of shape {shape}"
     )
     if shape == tuple(input.shape):

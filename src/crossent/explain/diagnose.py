@@ -1,0 +1,346 @@
+"""What looks wrong about a loss: each suspect with its rows, the evidence and a mend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..functional import cross_entropy
+from .measure import Rows, Source
+
+_LOOKED_AT = 256  # rows whose logits are read again, evenly spread
+_SAMPLE = 16 * 2**20  # bytes of logits that a temperature is fitted on
+_SHOWN = 8  # classes named in a line of evidence
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """Something that looks wrong."""
+
+    kind: str
+    rows: list[int] = field(repr=False)  # flattened; empty where it is about all of them
+    evidence: str
+    advice: str
+
+
+def suspects(rows: Rows, source: Source) -> list[Suspect]:
+    """All that looks wrong, the gravest first."""
+    if not bool(rows.counted.any()):
+        return [_nothing(source)]
+    checks = (
+        _not_finite,
+        _probabilities,
+        _worse_than_chance,
+        _shifted,
+        _contradictions,
+        _wrong_labels,
+        _overconfident,
+        _silent_classes,
+        _ignored,
+    )
+    return [found for check in checks for found in check(rows, source)]
+
+
+def _nothing(source: Source) -> Suspect:
+    return Suspect(
+        "nothing counted",
+        [],
+        f"all {source.total} rows have the target {source.ignore_index}, which is ignored",
+        "the loss is the mean of nothing: look at how the targets are masked",
+    )
+
+
+def _not_finite(rows: Rows, source: Source) -> Iterator[Suspect]:
+    bad = rows.counted & ~rows.loss.isfinite()
+    if bad.any():
+        yield Suspect(
+            "not finite",
+            _places(bad),
+            f"{_count(bad)} rows have a loss of inf or nan",
+            "look for overflow before the logits (inf), for 0/0 or log 0 (nan), or for a target "
+            "that is masked with -inf",
+        )
+
+
+def _probabilities(rows: Rows, source: Source) -> Iterator[Suspect]:
+    """Rows that are distributions, or their logarithms."""
+    sample = _spread(source)
+    # Two classes may sum to one by chance once; every row looked at does not.
+    flat = (sample >= 0).all(-1) & ((sample.sum(-1) - 1).abs() < 2e-2)
+    if source.classes > 1 and len(sample) > 1 and bool(flat.all()):
+        yield Suspect(
+            "double softmax",
+            [],
+            "every row looked at is non-negative and sums to one: the logits are probabilities",
+            "pass the activations before the softmax; the loss applies it itself, and applied "
+            "twice it keeps the loss above "
+            f"{math.log(1 + (source.classes - 1) / math.e):.3f} nats",
+        )
+    lse = rows.lse[rows.counted]
+    if source.classes > 1 and len(lse) > 1 and bool((lse.abs() < 1e-3).all()):
+        yield Suspect(
+            "log-probabilities",
+            [],
+            "every row's log-sum-exp is 0: the logits are log-probabilities already",
+            "harmless, for the softmax of log-probabilities changes nothing; the log-softmax "
+            "before the loss can go",
+        )
+
+
+def _worse_than_chance(rows: Rows, source: Source) -> Iterator[Suspect]:
+    loss = rows.loss[rows.counted & rows.loss.isfinite()].double()
+    chance = math.log(source.classes)
+    if not len(loss) or source.classes < 2:
+        return
+    mean, spread = loss.mean().item(), loss.std().item() if len(loss) > 1 else 0.0
+    if abs(mean - chance) < 1e-4 * chance and spread < 1e-3:
+        yield Suspect(
+            "dead model",
+            [],
+            f"every row costs {mean:.4f} nats, exactly ln {source.classes}: all logits are equal",
+            "the model says nothing: look for weights that are zero, a head that is not trained, "
+            "or inputs that are cut off",
+        )
+    elif mean > 1.05 * chance and mean - chance > 3 * spread / math.sqrt(len(loss)):
+        yield Suspect(
+            "worse than chance",
+            [],
+            f"the mean loss {mean:.3f} is above ln {source.classes} = {chance:.3f}, what equal "
+            f"probabilities cost",
+            "look for labels in another order than the classes, a sign, or a learning rate that "
+            "is too high",
+        )
+
+
+def _shifted(rows: Rows, source: Source) -> Iterator[Suspect]:
+    """Sequences whose logits fit the target of the next or the previous position."""
+    if len(source.shape) < 2 or source.shape[1] < 4:
+        return
+    sequences = min(source.shape[0], max(1, _LOOKED_AT // source.shape[1]))
+    length = source.shape[1]
+    logits = source.rows(0, sequences * length).float().reshape(sequences, length, -1).cpu()
+    target = source.target[:sequences].cpu()
+    means = {}
+    for shift in (-1, 0, 1):
+        left, right = max(0, -shift), length - max(0, shift)
+        z, t = logits[:, left:right], target[:, left + shift : right + shift]
+        means[shift] = cross_entropy(z, t, dim=-1, ignore_index=source.ignore_index).item()
+    best = min((-1, 1), key=lambda shift: means[shift])
+    if means[best] < 0.7 * means[0] and means[0] - means[best] > 0.1:
+        place = "next" if best == 1 else "previous"
+        yield Suspect(
+            "shifted labels",
+            [],
+            f"the logits fit the {place} position's target better: {means[best]:.3f} nats instead "
+            f"of {means[0]:.3f}",
+            "shift the targets by one position" + ("; shift=1 does" if best == 1 else ""),
+        )
+
+
+def _contradictions(rows: Rows, source: Source) -> Iterator[Suspect]:
+    """The same row twice, with different targets."""
+    # Rows that say nothing are equal without being duplicates.
+    says = rows.entropy.double() < math.log(source.classes) - 1e-6
+    places = (rows.counted & rows.loss.isfinite() & says).nonzero().squeeze(-1)
+    if len(places) < 2:
+        return
+    # A row's numbers are the same bits in every batch: equal rows have equal ones.
+    keys = torch.stack([rows.lse.double(), rows.entropy.double(), rows.confidence.double()], -1)
+    _, group, size = torch.unique(keys[places], dim=0, return_inverse=True, return_counts=True)
+    same: dict[bytes, list[int]] = {}
+    for place in places[size[group] > 1].tolist():
+        raw = source.rows(place, place + 1).cpu().float().numpy().tobytes()
+        same.setdefault(raw, []).append(place)
+    found = sorted(
+        place
+        for members in same.values()
+        if len({int(rows.target[m]) for m in members}) > 1
+        for place in members
+    )
+    if found:
+        yield Suspect(
+            "contradicting duplicates",
+            found,
+            f"{len(found)} rows have the same logits as another row with a different target",
+            "one of the labels is wrong, or the inputs do not hold what tells them apart",
+        )
+
+
+def _wrong_labels(rows: Rows, source: Source) -> Iterator[Suspect]:
+    """Confident learning: rows as sure of another class as that class's own rows are.
+
+    Northcutt, Jiang and Chuang, "Confident Learning" (2021): class j's threshold is the mean
+    probability of j over the rows labelled j. Of the rows with one label that reach the threshold
+    of what is predicted, the share that is predicted to be something else says how many of all its
+    rows are wrong. Over all labels that many rows are named, those of the largest margin.
+    """
+    places = (rows.counted & rows.loss.isfinite()).nonzero().squeeze(-1)
+    classes = source.classes
+    if classes < 2 or len(places) < 10:
+        return
+    label, predicted = rows.target[places], rows.predicted[places]
+    probability, confidence = rows.probability[places].double(), rows.confidence[places].double()
+    other = label != predicted
+    if other.double().mean() > 0.5:  # a model that knows little accuses nobody
+        return
+    size = torch.bincount(label, minlength=classes).double()
+    threshold = torch.bincount(label, weights=probability, minlength=classes) / size
+    sure = confidence >= threshold[predicted].nan_to_num(math.inf)
+    known = torch.bincount(label[sure], minlength=classes).double()
+    wrong = torch.bincount(label[sure & other], minlength=classes).double()
+    expected = int((size * wrong / known.clamp(min=1)).sum().round())
+    margin = (confidence - probability).masked_fill(~other, -1)
+    order = margin.argsort(descending=True)[: min(expected, int(other.sum()))]
+    if not len(order):
+        return
+    found = places[order].tolist()
+    yield Suspect(
+        "wrong labels",
+        found,
+        f"{len(found)} rows ({len(found) / len(places):.1%}) are put into another class as surely "
+        f"as that class's own rows",
+        "look at them, the surest first; some will be hard rows, not wrong ones",
+    )
+
+
+def _overconfident(rows: Rows, source: Source) -> Iterator[Suspect]:
+    """A temperature that would lower the loss, fitted on a sample."""
+    counted = rows.counted & rows.loss.isfinite()
+    if source.classes < 2 or int(counted.sum()) < 50:
+        return
+    error = calibration_error(rows)
+    confidence = rows.confidence[counted].double().mean().item()
+    accuracy = rows.correct[counted].double().mean().item()
+    if error < 0.05 or confidence < accuracy:
+        return
+    logits, target = _sample(source, counted)
+    before = _scaled_loss(logits, target, 0.0)
+    best = _golden(lambda log: _scaled_loss(logits, target, log), -1.0, 3.0)
+    after, temperature = _scaled_loss(logits, target, best), math.exp(best)
+    if temperature > 1.1 and after < 0.98 * before:
+        yield Suspect(
+            "overconfident",
+            [],
+            f"predictions are {confidence:.1%} sure and {accuracy:.1%} right (calibration error "
+            f"{error:.3f})",
+            f"divide the logits by a temperature of {temperature:.2f} (logit_scale="
+            f"{1 / temperature:.3f}): the loss goes from {before:.3f} to {after:.3f}",
+        )
+
+
+def _silent_classes(rows: Rows, source: Source) -> Iterator[Suspect]:
+    counted = rows.counted
+    if source.classes > int(counted.sum()):
+        return  # fewer rows than classes: some must be absent
+    present = torch.bincount(rows.target[counted], minlength=source.classes) > 0
+    named = torch.bincount(rows.predicted[counted], minlength=source.classes) > 0
+    never = present & ~named
+    if never.any():
+        yield Suspect(
+            "classes never predicted",
+            _places(counted & never[rows.target.where(counted, 0)]),
+            f"{_count(never)} classes have rows but are never predicted: {_listed(never)}",
+            "too few rows of them, or a weight or bias that is stuck",
+        )
+    absent = ~present
+    if absent.any():
+        yield Suspect(
+            "classes never present",
+            [],
+            f"{_count(absent)} of {source.classes} classes have no row: {_listed(absent)}",
+            "the head may be wider than the data, or a class was lost on the way",
+        )
+
+
+def _ignored(rows: Rows, source: Source) -> Iterator[Suspect]:
+    share = 1 - rows.counted.double().mean().item()
+    if share > 0.5:
+        yield Suspect(
+            "mostly ignored",
+            [],
+            f"{share:.1%} of the rows have the target {source.ignore_index}, which is ignored",
+            "meant for padding and prompts; else look at how the targets are masked",
+        )
+
+
+def calibration_error(rows: Rows, bins: int = 15) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy over equal bins."""
+    return sum(
+        share * abs(accuracy - confidence)
+        for _, share, confidence, accuracy in reliability(rows, bins)
+    )
+
+
+def reliability(rows: Rows, bins: int = 15) -> list[tuple[float, float, float, float]]:
+    """For each bin that is not empty: its lower edge, share of rows, confidence, accuracy."""
+    counted = rows.counted & rows.loss.isfinite()
+    confidence, correct = rows.confidence[counted].double(), rows.correct[counted].double()
+    place = (confidence * bins).long().clamp(0, bins - 1)
+    lines = []
+    for b in range(bins):
+        inside = place == b
+        if inside.any():
+            lines.append(
+                (
+                    b / bins,
+                    inside.double().mean().item(),
+                    confidence[inside].mean().item(),
+                    correct[inside].mean().item(),
+                )
+            )
+    return lines
+
+
+def _spread(source: Source) -> Tensor:
+    """Up to 256 rows, evenly spread."""
+    step = max(1, source.total // _LOOKED_AT)
+    some = range(0, source.total, step)
+    return torch.cat([source.rows(i, i + 1).float().cpu() for i in some][:_LOOKED_AT])
+
+
+def _sample(source: Source, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Counted rows within a budget of memory, evenly spread."""
+    places = counted.nonzero().squeeze(-1)
+    most = max(16, _SAMPLE // (4 * source.classes))
+    places = places[:: max(1, len(places) // most)][:most]
+    logits = torch.cat([source.rows(i, i + 1).float().cpu() for i in places.tolist()])
+    return logits, source.target.flatten().cpu()[places]
+
+
+def _scaled_loss(logits: Tensor, target: Tensor, log_temperature: float) -> float:
+    return cross_entropy(logits, target, logit_scale=math.exp(-log_temperature)).item()
+
+
+def _golden(function: object, low: float, high: float) -> float:
+    """Where a function with one valley is lowest, by golden sections."""
+    ratio = (math.sqrt(5) - 1) / 2
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    fa, fb = function(a), function(b)  # type: ignore[operator]
+    for _ in range(24):
+        if fa < fb:
+            high, b, fb = b, a, fa
+            a = high - ratio * (high - low)
+            fa = function(a)  # type: ignore[operator]
+        else:
+            low, a, fa = a, b, fb
+            b = low + ratio * (high - low)
+            fb = function(b)  # type: ignore[operator]
+    return (low + high) / 2
+
+
+def _places(mask: Tensor) -> list[int]:
+    return [int(i) for i in mask.nonzero().squeeze(-1)]
+
+
+def _count(mask: Tensor) -> int:
+    return int(mask.sum())
+
+
+def _listed(mask: Tensor) -> str:
+    places = _places(mask)
+    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    return ", ".join(map(str, places[:_SHOWN])) + more

@@ -1,0 +1,144 @@
+"""One pass over the logits: what is known of each row, and nothing of their size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional import cross_entropy
+from ..warn import CrossentWarning
+
+_BLOCK = 4 * 2**20  # bytes of logits looked at together: they stay in a CPU's cache
+
+
+class Source(NamedTuple):
+    """Rows of logits, wherever they are."""
+
+    logits: Any  # (*shape, V), a tensor or an array
+    target: Tensor  # (*shape), int64
+    shape: tuple[int, ...]
+    classes: int
+    ignore_index: int
+
+    @classmethod
+    def of(cls, logits: Any, target: Any, ignore_index: int) -> Source:
+        """Check that logits and target fit; nothing is copied."""
+        if not hasattr(logits, "shape") or len(logits.shape) not in (2, 3):
+            raise ValueError(
+                f"logits: expected shape (N, V) or (B, T, V), got "
+                f"{tuple(getattr(logits, 'shape', ())) or type(logits).__name__}"
+            )
+        if not isinstance(target, Tensor):
+            target = _from_array(target)
+        shape = tuple(logits.shape[:-1])
+        if target.is_floating_point() or target.dtype == torch.bool or target.is_complex():
+            raise TypeError(f"target: expected class indices (integers), got {target.dtype}")
+        if tuple(target.shape) != shape:
+            raise ValueError(
+                f"target: expected shape {shape} for logits of shape {tuple(logits.shape)}, got "
+                f"{tuple(target.shape)}"
+            )
+        if min(logits.shape) == 0:
+            raise ValueError(f"logits: expected rows and classes, got shape {tuple(logits.shape)}")
+        return cls(logits, target.detach().to(torch.int64), shape, logits.shape[-1], ignore_index)
+
+    @property
+    def total(self) -> int:
+        """How many rows there are."""
+        return self.target.numel()
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Logits of some rows of the flattened shape."""
+        flat = self.logits.reshape(-1, self.classes)[begin:end]
+        tensor = flat if isinstance(flat, Tensor) else _from_array(flat)
+        tensor = tensor.detach()
+        if not tensor.is_floating_point():
+            raise TypeError(f"logits: expected floating point, got {tensor.dtype}")
+        return tensor
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Runs of rows that are looked at together."""
+        itemsize = self.rows(0, 1).element_size()
+        step = max(1, _BLOCK // (self.classes * itemsize))
+        return [(b, min(b + step, self.total)) for b in range(0, self.total, step)]
+
+
+class Rows(NamedTuple):
+    """What is known of each row; those without a target hold zeros and -1."""
+
+    loss: Tensor  # nats
+    target: Tensor
+    predicted: Tensor
+    counted: Tensor
+    probability: Tensor  # of the target
+    confidence: Tensor  # of the prediction
+    rank: Tensor  # of the target: 1 is best
+    rival: Tensor  # the best of the other classes
+    margin: Tensor  # target's logit minus the rival's
+    entropy: Tensor
+    lse: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the prediction is the target."""
+        return self.counted & (self.predicted == self.target)
+
+
+@torch.no_grad()
+def measure(source: Source, progress: Callable[[int], object] | None = None) -> Rows:
+    """Look at every row once."""
+    parts = []
+    for begin, end in source.blocks():
+        target = source.target.flatten()[begin:end]
+        parts.append(_block(source.rows(begin, end), target, source.ignore_index))
+        if progress is not None:
+            progress(end)
+    return Rows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _block(logits: Tensor, target: Tensor, ignore_index: int) -> Rows:
+    target = target.to(logits.device)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CrossentWarning)  # a suspect says it better
+        loss, stats = cross_entropy(
+            logits,
+            target,
+            ignore_index=ignore_index,
+            dim=-1,
+            reduction="none",
+            return_dtype=dtype,
+            return_stats=True,
+        )
+    index = target.where(stats.counted, 0).unsqueeze(-1)
+    own = logits.gather(-1, index)
+    others = logits.scatter(-1, index, -torch.inf)
+    best, rival = others.max(-1)
+    rank = (others > own).sum(-1) + 1
+    top = torch.maximum(best, own.squeeze(-1)).to(dtype)
+    margin = own.squeeze(-1).to(dtype) - best.to(dtype)
+    blank = ~stats.counted
+    return Rows(
+        loss=loss.cpu(),
+        target=target.cpu(),
+        predicted=stats.argmax.cpu(),
+        counted=stats.counted.cpu(),
+        probability=stats.target_log_prob.exp().masked_fill(blank, 0).cpu(),
+        confidence=(top - stats.lse).exp().masked_fill(blank, 0).cpu(),
+        rank=rank.masked_fill(blank, 0).cpu(),
+        rival=rival.masked_fill(blank, -1).cpu(),
+        margin=margin.masked_fill(blank, 0).cpu(),
+        entropy=stats.entropy.cpu(),
+        lse=stats.lse.cpu(),
+    )
+
+
+def _from_array(array: Any) -> Tensor:
+    """A block of a NumPy array, read now if it is memory-mapped."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(array, copy=True))

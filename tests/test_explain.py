@@ -1,0 +1,356 @@
+"""explain(): numbers are the loss's, shares sum to one, suspects are found and not invented."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+
+import crossent
+from crossent.cli import main
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Out-of-sample logits of a linear model on the digits, and the true labels."""
+    x, y = load_digits(return_X_y=True)
+    model = LogisticRegression(C=0.05, max_iter=300)
+    scores = cross_val_predict(model, x / 16, y, cv=4, method="decision_function")
+    return torch.tensor(scores).float(), torch.tensor(y)
+
+
+def kinds(why):
+    return {suspect.kind for suspect in why.suspects}
+
+
+def found(why, kind):
+    return next(suspect for suspect in why.suspects if suspect.kind == kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(50, 7), (6, 9, 7)])
+def test_numbers_are_the_losses(dtype, shape):
+    z, t = torch.randn(shape).to(dtype), torch.randint(0, 7, shape[:-1])
+    t.view(-1)[3] = -100
+    why = crossent.explain(z, t)
+    flat, target = z.reshape(-1, 7).double(), t.flatten()
+    losses = F.cross_entropy(flat, target, reduction="none")
+    kept = target != -100
+    torch.testing.assert_close(why.loss.double(), losses, rtol=1e-5, atol=1e-6)
+    assert why.mean == pytest.approx(losses[kept].mean().item(), rel=1e-5)
+    assert why.sum == pytest.approx(losses.sum().item(), rel=1e-5)
+    assert why.bits == pytest.approx(why.mean / math.log(2))
+    assert why.perplexity == pytest.approx(math.exp(why.mean))
+    assert why.accuracy == pytest.approx((flat.argmax(-1) == target)[kept].double().mean().item())
+    p = flat.softmax(-1)
+    own = p[torch.arange(len(target)), target.clamp(min=0)]
+    rank = (p > own.unsqueeze(-1)).sum(-1) + 1
+    assert torch.equal(why.rows.rank[kept], rank[kept])
+    assert why.top5 == pytest.approx((rank <= 5)[kept].double().mean().item())
+    torch.testing.assert_close(why.rows.probability[kept].double(), own[kept], rtol=1e-5, atol=0)
+    top = p.amax(-1)[kept]
+    torch.testing.assert_close(why.rows.confidence[kept].double(), top, rtol=1e-5, atol=0)
+    best_other = flat.scatter(-1, target.clamp(min=0).unsqueeze(-1), -torch.inf).amax(-1)
+    margin = flat[torch.arange(len(target)), target.clamp(min=0)] - best_other
+    torch.testing.assert_close(why.rows.margin[kept].double(), margin[kept], rtol=1e-5, atol=1e-6)
+    entropy = torch.distributions.Categorical(logits=flat).entropy()
+    torch.testing.assert_close(why.rows.entropy[kept].double(), entropy[kept], rtol=1e-5, atol=1e-6)
+    frequency = torch.bincount(target[kept], minlength=7) / kept.sum()
+    assert why.prior_loss == pytest.approx(-frequency[target[kept]].log().mean().item(), rel=1e-5)
+
+
+def test_every_decomposition_is_exact(digits):
+    why = crossent.explain(*digits)
+    for table in (why.by_class(), why.by_pair(), why.by_position()):
+        assert table["share"].sum() == pytest.approx(1)
+        assert table["count"].sum() == why.count
+        assert (table["count"] * table["loss"]).sum() == pytest.approx(why.sum)
+    assert list(why.by_class().columns) == ["class", "count", "loss", "share", "accuracy"]
+    assert why.by_quantile()["share"].is_monotonic_increasing
+    assert why.by_quantile()["share"].iloc[-1] == pytest.approx(1)
+    by_class = why.by_class().set_index("class")
+    rows = why.to_dataframe()
+    for name, group in rows.groupby("target"):
+        assert by_class.loc[name, "loss"] == pytest.approx(group["loss"].mean(), rel=1e-5)
+        right = (group["target"] == group["predicted"]).mean()
+        assert by_class.loc[name, "accuracy"] == pytest.approx(right)
+
+
+def test_positions_of_sequences():
+    z, t = torch.randn(4, 6, 5), torch.randint(0, 5, (4, 6))
+    why = crossent.explain(z, t, ids=["a", "b", "c", "d"])
+    losses = F.cross_entropy(z.transpose(1, 2), t, reduction="none")
+    np.testing.assert_allclose(why.by_position()["loss"], losses.mean(0), rtol=1e-5)
+    worst = why.hardest(1).iloc[0]
+    assert (worst["sequence"], worst["position"]) == divmod(int(losses.argmax()), 6)
+    assert worst["id"] == "abcd"[worst["sequence"]]
+
+
+def test_hardest_rows_and_names(digits):
+    names = [f"digit {i}" for i in range(10)]
+    why = crossent.explain(*digits, classes=names)
+    table = why.hardest(5)
+    order = F.cross_entropy(*digits, reduction="none").argsort(descending=True)[:5]
+    assert table["row"].tolist() == order.tolist()
+    assert set(table.columns) >= {"row", "loss", "target", "predicted", "probability"}
+    first = table.iloc[0]
+    assert first["target"] == names[digits[1][order[0]]]
+    assert first["competitors"].startswith(first["predicted"])
+    assert first["target"] not in first["competitors"]
+
+
+def test_calibration_error_is_torchmetrics_formula():
+    p = torch.tensor([0.9, 0.9, 0.6, 0.6, 0.99])
+    z = torch.stack([p.log(), (1 - p).log()], -1)
+    why = crossent.explain(z, torch.tensor([0, 1, 0, 0, 0]))
+    expected = (2 * abs(0.9 - 0.5) + 2 * abs(0.6 - 1.0) + abs(0.99 - 1)) / 5
+    assert why.ece == pytest.approx(expected, abs=1e-6)
+    curve = why.reliability()
+    assert curve["share"].sum() == pytest.approx(1)
+
+
+def test_json_is_whole_and_finite(digits):
+    z, t = digits[0].clone(), digits[1]
+    z[3] = torch.nan
+    value = json.loads(crossent.explain(z, t).to_json())
+    assert list(value)[:5] == ["mean", "sum", "perplexity", "accuracy", "ece"]
+    assert {"by_class", "hardest", "suspects"} <= set(value)
+    assert value["mean"] is None
+    clean = json.loads(crossent.explain(*digits).to_json(top=3))
+    assert len(clean["hardest"]) == 3
+    assert sum(line["share"] for line in clean["by_class"]) == pytest.approx(1)
+
+
+def test_shown_everywhere(digits):
+    why = crossent.explain(*digits, classes=["<script>[red]"] * 10)
+    text, html = str(why), why._repr_html_()
+    assert "perplexity" in text
+    assert "<script>[red]" in text  # names are no markup
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+    assert len(why.plot().axes) == 3
+
+
+def test_arrays_are_read_in_blocks(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(sys.modules["crossent.explain.measure"], "_BLOCK", 300)
+    np.save(tmp_path / "z.npy", digits[0].half().numpy())
+    mapped = np.load(tmp_path / "z.npy", mmap_mode="r")
+    seen = []
+    why = crossent.explain(mapped, digits[1].numpy(), progress=seen.append)
+    assert why.mean == pytest.approx(crossent.explain(digits[0].half(), digits[1]).mean, rel=1e-6)
+    assert len(seen) > 100
+    assert seen[-1] == len(digits[1])
+
+
+def test_clean_data_raises_no_alarm(digits):
+    why = crossent.explain(*digits)
+    assert kinds(why) <= {"wrong labels"}
+    if "wrong labels" in kinds(why):  # a linear model does put some clear digits elsewhere
+        assert len(found(why, "wrong labels").rows) < 0.03 * why.count
+    sequence = torch.randn(20, 16, 30)
+    t = sequence.argmax(-1)
+    assert kinds(crossent.explain(3 * sequence, t)) == set()
+
+
+def test_double_softmax(digits):
+    why = crossent.explain(digits[0].softmax(-1), digits[1])
+    assert "double softmax" in kinds(why)
+    assert "1.461" in found(why, "double softmax").advice
+    assert "log-probabilities" in kinds(crossent.explain(digits[0].log_softmax(-1), digits[1]))
+    assert "log-probabilities" not in kinds(why)
+
+
+def test_wrong_labels(digits):
+    z, t = digits
+    flipped = torch.randperm(len(t), generator=torch.Generator().manual_seed(1))[:90]
+    wrong = t.clone()
+    wrong[flipped] = (wrong[flipped] + 1 + torch.arange(90) % 9) % 10
+    places = set(found(crossent.explain(z, wrong), "wrong labels").rows)
+    hit = len(places & set(flipped.tolist()))
+    assert hit / 90 > 0.85
+    assert hit / len(places) > 0.7
+
+
+def test_contradicting_duplicates(digits):
+    z, t = digits[0].clone(), digits[1].clone()
+    z[7], z[900] = z[3], z[3]
+    t[3], t[7], t[900] = 1, 2, 1
+    z[50], t[50] = z[49], t[49]  # a duplicate that agrees
+    assert found(crossent.explain(z, t), "contradicting duplicates").rows == [3, 7, 900]
+
+
+def test_rows_that_are_not_finite(digits):
+    z = digits[0].clone()
+    z[4, 2], z[9, digits[1][9]] = torch.nan, -torch.inf
+    assert found(crossent.explain(z, digits[1]), "not finite").rows == [4, 9]
+
+
+def test_worse_than_chance_and_dead(digits):
+    assert "worse than chance" in kinds(crossent.explain(-digits[0], digits[1]))
+    dead = crossent.explain(torch.zeros(40, 10), torch.arange(40) % 10)
+    assert "dead model" in kinds(dead)
+    assert "contradicting duplicates" not in kinds(dead)
+    assert "worse than chance" not in kinds(dead)
+
+
+def test_shifted_labels():
+    ids = torch.randint(0, 12, (8, 20))
+    z = 4 * F.one_hot(ids, 12).float() + torch.randn(8, 20, 12)
+    assert kinds(crossent.explain(z, ids)) == set()
+    later = torch.roll(ids, 1, 1)  # position i holds what the logits said at i - 1
+    assert "next position" in found(crossent.explain(z, later), "shifted labels").evidence
+    earlier = torch.roll(ids, -1, 1)
+    assert "previous position" in found(crossent.explain(z, earlier), "shifted labels").evidence
+
+
+def test_overconfidence_and_its_temperature(digits):
+    z, t = digits
+    noisy = t.clone()
+    noisy[::5] = (noisy[::5] + 1) % 10
+    why = found(crossent.explain(8 * z, noisy), "overconfident")
+    assert "temperature" in why.advice
+    before, after = (float(v) for v in why.advice.rsplit("from ", 1)[1].split(" to "))
+    assert after < before
+    assert "overconfident" not in kinds(crossent.explain(z, t))
+
+
+def test_silent_classes_and_ignored_rows(digits):
+    z, t = digits[0].clone(), digits[1].clone()
+    z[:, 3] = -50
+    assert "3" in found(crossent.explain(z, t), "classes never predicted").evidence
+    t[t == 5] = 6
+    assert "1 of 10" in found(crossent.explain(digits[0], t), "classes never present").evidence
+    t[:1200] = -100
+    assert "66.8%" in found(crossent.explain(digits[0], t), "mostly ignored").evidence
+    t[:] = -100
+    nothing = crossent.explain(digits[0], t)
+    assert kinds(nothing) == {"nothing counted"}
+    assert math.isnan(nothing.mean)
+    assert json.loads(nothing.to_json())["mean"] is None
+    assert "nothing counted" in str(nothing)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"logits": torch.zeros(3)}, ValueError, r"logits: expected shape \(N, V\)"),
+        ({"logits": [1, 2]}, ValueError, "got list"),
+        ({"logits": torch.zeros(4, 5).long()}, TypeError, "logits: expected floating point"),
+        ({"target": torch.zeros(3).long()}, ValueError, r"target: expected shape \(4,\)"),
+        ({"target": torch.zeros(4)}, TypeError, "target: expected class indices"),
+        ({"target": torch.tensor([0, 1, 2, 5])}, IndexError, "expected a class from 0 to 4"),
+        ({"classes": ["a"]}, ValueError, r"classes: expected 5 \(one name a class\), got 1"),
+        ({"ids": ["a"]}, ValueError, "ids: expected 4"),
+        ({"class_prior": [0.5, 0.5]}, ValueError, "class_prior: expected shape"),
+    ],
+)
+def test_bad_arguments(arguments, error, match):
+    given = {"logits": torch.zeros(4, 5), "target": torch.zeros(4).long(), **arguments}
+    with pytest.raises(error, match=match):
+        crossent.explain(given.pop("logits"), given.pop("target"), **given)
+
+
+@pytest.fixture
+def files(tmp_path, digits):
+    z, t = digits[0][:200], digits[1][:200]
+    np.save(tmp_path / "z.npy", z.numpy())
+    np.save(tmp_path / "t.npy", t.numpy())
+    np.savez(tmp_path / "both.npz", logits=z.numpy(), labels=t.numpy())
+    np.savetxt(tmp_path / "z.csv", z.numpy(), delimiter=",")
+    (tmp_path / "t.csv").write_text("target\n" + "\n".join(map(str, t.tolist())))
+    torch.save(z, tmp_path / "z.pt")
+    torch.save({"logits": z, "target": t}, tmp_path / "both.pt")
+    (tmp_path / "names.txt").write_text("\n".join(f"digit {i}" for i in range(10)))
+    return tmp_path
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["explain", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("z.npy", "t.npy"),
+        ("both.npz",),
+        ("z.csv", "t.csv"),
+        ("z.pt", "t.npy"),
+        ("both.pt", "both.pt"),
+    ],
+)
+def test_command_line(files, names, digits):
+    paths = [files / name for name in names]
+    done = command(*paths, "--json", "-")
+    assert done.exit_code == 0, done.output
+    value = json.loads(done.stdout)
+    expected = F.cross_entropy(digits[0][:200], digits[1][:200]).item()
+    assert value["mean"] == pytest.approx(expected, rel=1e-5)
+    shown = command(*paths, "--classes", files / "names.txt", "--top", 2)
+    assert "digit" in shown.stdout
+    assert "by class (2 of 10)" in shown.stdout
+
+
+def test_command_line_bad_input(files):
+    (files / "broken.npy").write_bytes(b"nonsense")
+    np.save(files / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    torch.save(object, files / "pickled.pt")
+    np.savez(files / "other.npz", a=np.zeros(2), b=np.zeros(2))
+    (files / "z.txt").write_text("1")
+    (files / "one.txt").write_text("one")
+    t = files / "t.npy"
+    for arguments, match in (
+        ((files / "none.npy", t), "none.npy: no such file"),
+        ((files / "z.npy",), "expected a second file"),
+        ((files / "broken.npy", t), "broken.npy: cannot be read as .npy"),
+        ((files / "pickled.npy", t), "never loaded"),
+        ((files / "pickled.pt", t), "never loaded"),
+        ((files / "other.npz", t), "expected an array named logits"),
+        ((files / "z.txt", t), "expected one of .csv"),
+        ((files / "t.npy", files / "z.npy"), "logits: expected shape"),
+        ((files / "z.npy", files / "z.npy"), "target: expected class indices"),
+        ((files / "z.npy", t, "--classes", files / "one.txt"), "classes: expected 10"),
+    ):
+        done = command(*arguments)
+        assert done.exit_code == 2, (arguments, done.output)
+        assert match in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_files_larger_than_the_memory_allowed(tmp_path):
+    """900 MB of float16 logits within 1.5 GB of resident memory."""
+    rows, classes = 7000, 64000
+    mapped = np.lib.format.open_memmap(
+        tmp_path / "z.npy", mode="w+", dtype=np.float16, shape=(rows, classes)
+    )
+    block = np.random.default_rng(0).normal(size=(100, classes)).astype(np.float16)
+    for begin in range(0, rows, 100):
+        mapped[begin : begin + 100] = block
+    mapped.flush()
+    del mapped
+    np.save(tmp_path / "t.npy", np.arange(rows))
+    code = (
+        "import resource, sys\nfrom crossent.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "print('KIB', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "explain", tmp_path / "z.npy", tmp_path / "t.npy"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    resident = int(done.stdout.rsplit("KIB", 1)[1])
+    assert resident < 1.5 * 2**20
+    assert "perplexity" in done.stdout
