@@ -56,6 +56,40 @@ def test_opcheck_with_autograd():
     torch.library.opcheck(ops.forward.default, (given[0].requires_grad_(), *given[1:]))
 
 
+def test_opcheck_small():
+    x, t = torch.randn(6, 9), torch.randint(0, 9, (6,))
+    for differentiate in (False, True):
+        torch.library.opcheck(ops.small.default, (x, t, -100, True, differentiate))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(1, 1), (32, 10), (7, 33), (3, 2000), (2000, 3)])
+def test_small_calls_are_the_others(shape, reduction, monkeypatch):
+    """The short way gives the bits of the long one, and its derivatives."""
+    z, t = 5 * torch.randn(shape[::-1]).t(), torch.randint(0, shape[1], shape[:1])
+    t[1::3] = -100
+
+    def all_of_it():
+        x = z.clone().requires_grad_()
+        loss = crossent.cross_entropy(x, t, reduction=reduction, backend="cpu")
+        (gradient,) = torch.autograd.grad(loss, x, 3 * torch.ones(()), retain_graph=True)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        batched = torch.autograd.grad(loss, x, torch.arange(3.0), is_grads_batched=True)
+        value = crossent.cross_entropy(x.detach(), t, reduction=reduction, backend="cpu")
+        return loss.detach(), value, gradient, first.detach(), second, *batched
+
+    used = []
+    small = crossent.backends.small
+    monkeypatch.setattr(small, "_fits", lambda *given, fits=small._fits: used.append(fits(*given)))
+    other = all_of_it()
+    monkeypatch.undo()
+    assert used == [True] * 2
+    for mine, its in zip(all_of_it(), other, strict=True):
+        torch.testing.assert_close(mine, its, rtol=3e-7, atol=0)
+    assert torch.equal(all_of_it()[0], other[0])
+
+
 def test_a_compiler_means_kernels():
     """This file runs only where there are kernels; where there is a compiler there must be some."""
     if shutil.which("g++"):

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from .options import LossArguments
 
+_PLAIN = list(Options()[2:-1])
+
 
 @overload
 def cross_entropy(
@@ -158,6 +160,16 @@ def cross_entropy(
     tensors = (input, target, weight, sample_weight)
     if has_torch_function_variadic(*tensors):
         return _ask_loss_override(tensors, denominator, options)
+    if weight is sample_weight is denominator is None and _is_plain(options):
+        small = backends.small.reduced(
+            input,
+            target,
+            ignore_index,
+            reduction == "mean",
+            lambda z: _plainly(z, target, options),
+        )
+        if small is not None:
+            return small
     problem = pose(input, target, weight, sample_weight, denominator, options)
     warn_if_probabilities(problem.logits.rows)
     if _settles(denominator, options):
@@ -330,6 +342,26 @@ def _flat_cross_entropy(*tensors: Tensor, **keywords: Any) -> tuple[Tensor, ...]
     """Loss and stats as one plain tuple: subclasses rebuild tuples from an iterable."""
     loss, stats = cross_entropy(*tensors, **keywords)
     return (loss, *stats)
+
+
+def _is_plain(options: Options) -> bool:
+    """Whether nothing is asked for but the mean or sum that torch would give."""
+    index, reduction, *others, backend = options
+    return (
+        type(index) is int
+        and reduction in ("mean", "sum")
+        and type(options.logit_scale) is float
+        and others == _PLAIN
+        and backend in ("auto", "cpu")
+    )
+
+
+def _plainly(input: Tensor, target: Tensor, options: Options) -> Tensor:
+    """The same loss by the reference, to be differentiated."""
+    index, reduction = options.ignore_index, cast("Reduction", options.reduction)
+    return cross_entropy(
+        input, target, ignore_index=index, reduction=reduction, backend="reference"
+    )
 
 
 def _settles(denominator: float | Tensor | None, options: Options) -> bool:

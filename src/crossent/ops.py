@@ -3,7 +3,10 @@
 ``crossent::forward`` goes from rows of logits (*rows, V) to one loss a row, ``crossent::backward``
 to the gradient; ``backward_`` writes it into the logits. ``crossent::total`` is forward for those
 who want sums alone: float64 (3,), of loss, of mass, and what ``wrong`` says; the same bits for any
-number of threads. ``crossent::advise`` asks for large pages under memory not yet touched.
+number of threads. ``crossent::small`` is for the mean (or sum) of few float32 logits (N, V) with
+plain int64 targets: loss, gradient (no elements where not wanted), and whether somebody has to look
+closer, for a wrong target, nothing that counts, or probabilities. ``crossent::advise`` asks for
+large pages under memory not yet touched.
 
 ``crossent::thin`` leaves a few entries of a gradient (n, V) (src/crossent/thinning.py): start
 (n + 1), column (int32), value; nothing at all where more than ``limit`` are left. Their product
@@ -48,6 +51,10 @@ _library.define(
     f"backward_(Tensor(a!) logits, Tensor upstream, Tensor target, {_FACTORS}, Tensor saved,"
     f" {_OPTIONS}) -> ()"
 )
+_library.define(
+    "small(Tensor logits, Tensor target, int ignore_index, bool mean, bool differentiate)"
+    " -> (Tensor loss, Tensor gradient, int odd)"
+)
 _library.define("advise(Tensor memory) -> ()")
 _library.define(
     "thin(Tensor gradient, Tensor scale, Tensor target, Tensor row, float tau, bool unbiased,"
@@ -91,6 +98,14 @@ def _forward(
 def _total(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     saved = _forward(logits, target, *rest, False)[2]
     return logits.new_empty(3, dtype=torch.float64), saved
+
+
+@torch.library.register_fake("crossent::small", lib=_library)
+def _small(
+    logits: Tensor, target: Tensor, ignore_index: int, mean: bool, differentiate: bool
+) -> tuple[Tensor, Tensor, int]:
+    gradient = torch.empty_like(logits) if differentiate else logits.new_empty(0)
+    return logits.new_empty(()), gradient, 0
 
 
 @torch.library.register_fake("crossent::backward", lib=_library)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..readable import readable
 from . import cpu, reference
+from . import small as small
 
 if TYPE_CHECKING:
     from collections.abc import Callable
