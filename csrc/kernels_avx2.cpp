@@ -6,6 +6,9 @@
 #include <limits>
 
 #pragma GCC target("arch=haswell")
+// The compiler reads the file before it minds the pragma: its own macros do not tell.
+#define CROSSENT_FMA
+#define CROSSENT_F16C
 #define CROSSENT_ISA avx2
 #define CROSSENT_VECTOR_BYTES 32
 #include "lanes.h"

@@ -6,6 +6,9 @@
 #include <limits>
 
 #pragma GCC target("arch=skylake-avx512,prefer-vector-width=512")
+// The compiler reads the file before it minds the pragma: its own macros do not tell.
+#define CROSSENT_FMA
+#define CROSSENT_F16C
 #define CROSSENT_ISA avx512
 #define CROSSENT_VECTOR_BYTES 64
 #include "lanes.h"

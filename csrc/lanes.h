@@ -124,7 +124,7 @@ CROSSENT_APART void forward_tile(const Problem<T>& p, int64_t row, int count) {
   // Rows that need care are done one by one: nan, infinite and huge maxima, all masked.
   const V<T> size = m < T(0) ? -m : m;
   huge = ~(size <= Exp<T>::kHuge) | nan;
-  const TwoSum<T> origin(huge ? V<T>{} : m);
+  const Origin<T> origin(huge ? V<T>{} : m);
   I<T> ties = {};
   const LaneSum<T> below = sum_classes<T>(classes, [&](int c) __attribute__((always_inline)) {
     const I<T> tie = z[c] == m;
@@ -210,7 +210,7 @@ CROSSENT_APART void backward_tile(const Problem<T>& p, int64_t row, int count) {
   const I<T> alone = ~dead & ~(p.by_index() ? usual & (target >= 0) : usual);
   const V<T> m = usual ? saved_maximum : V<T>{}, rest = read_saved(p, row, count, kRest);
   const V<T> inverse = T(1) / (rest + T(1)), rest_share = rest * inverse;
-  const TwoSum<T> origin(m);
+  const Origin<T> origin(m);
   const V<T> coefficient = up * (mass + tilt) * inverse, subtract = up * uniform;
   const T keep = T(1 - o.label_smoothing);
   // The targets' entries: minus the share of the others, see target_entry.

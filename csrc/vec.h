@@ -169,25 +169,28 @@ struct TwoSum {
 template <class T>
 struct Origin : TwoSum<T> {
   CROSSENT_INLINE explicit Origin(T at) : TwoSum<T>(splat(at)) {}
+  CROSSENT_INLINE explicit Origin(V<T> at) : TwoSum<T>(at) {}
 };
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(CROSSENT_FMA) || defined(__ARM_FEATURE_FMA)
 // The same with a third fewer operations where products are added unrounded: z - m is never formed.
 // With n = round((z - m) log2(e)) and m log2(e) = hi + lo, where hi is a multiple of a power of two so
 // coarse that n + hi is exact, the reduced argument is
 //   fma(z, log2(e), -(n + hi)) + (z (log2(e) - its float) - lo).
 template <>
 struct Origin<float> {
+  typedef double Wide __attribute__((vector_size(2 * CROSSENT_VECTOR_BYTES)));
+  static constexpr float kLog2e = 1.44269504088896340736f, kRest = 1.92596299112661746887e-8f;
   V<float> m, low, hi, lo;
 
-  CROSSENT_INLINE explicit Origin(float at) {
-    const double scaled = double(at) * 1.44269504088896340736;
-    int exponent;
-    std::frexp(std::fabs(scaled) > 256 ? scaled : 256.0, &exponent);
-    const double grid = std::ldexp(1.0, exponent - 22);
-    const double coarse = std::nearbyint(scaled / grid) * grid;
-    m = splat(at), low = splat(at + Exp<float>::kLow);
-    hi = splat(float(coarse)), lo = splat(float(scaled - coarse));
+  CROSSENT_INLINE explicit Origin(float at) : Origin(splat(at)) {}
+  CROSSENT_INLINE explicit Origin(V<float> at) : m(at), low(at + Exp<float>::kLow) {
+    // Adding 3 * 2^e rounds to multiples of 2^(e - 23), where 2^e <= 1.5 abs(m) + 256.
+    const V<float> size = (m < 0.0f ? -m : m) * 1.5f + 256.0f;
+    const V<float> magic = bits<V<float>>(bits<I<float>>(size) & 0x7f800000) * 3.0f;
+    const Wide scaled = __builtin_convertvector(m, Wide) * 1.44269504088896340736;
+    hi = (__builtin_convertvector(scaled, V<float>) + magic) - magic;
+    lo = __builtin_convertvector(scaled - __builtin_convertvector(hi, Wide), V<float>);
   }
   CROSSENT_INLINE V<float> clamp(V<float> z) const { return z < low ? low : z; }
 
@@ -195,12 +198,11 @@ struct Origin<float> {
   CROSSENT_INLINE V<float> exp(V<float> z) const {
     using C = Exp<float>;
     if (kHuge) return z == m ? splat(C::kScale) : (z == z ? V<float>{} : z);
-    constexpr float log2e = 1.44269504088896340736f, log2e_rest = 1.92596299112661746887e-8f;
     const V<float> c = clamp(z);
-    const V<float> shifted = (c * log2e - hi) + C::kMagic;
+    const V<float> shifted = (c * kLog2e - hi) + C::kMagic;
     const V<float> n = shifted - C::kMagic;
     const V<float> w = n + hi;
-    return scale_by<float>(exp2_reduced((c * log2e - w) + (c * log2e_rest - lo)), shifted);
+    return scale_by<float>(exp2_reduced((c * kLog2e - w) + (c * kRest - lo)), shifted);
   }
 };
 #endif

@@ -110,6 +110,32 @@ void halves() {
   }
 }
 
+// Runs of every length are converted as single numbers are.
+void runs_of_halves() {
+  uint16_t halves[300], back[300];
+  float floats[300];
+  for (uint32_t first = 0; first < 65536; first += 256)
+    for (int n : {1, 7, 8, 9, 255, 256}) {
+      for (int i = 0; i < n; ++i) halves[i] = uint16_t(first + i);
+      ours::from_float16(halves, n, floats);
+      for (int i = 0; i < n; ++i) {
+        const float wanted = ours::from_float16(halves[i]);
+        const bool nan = wanted != wanted;
+        check(nan ? floats[i] != floats[i] : floats[i] == wanted, "run from float16", floats[i],
+              wanted);
+        floats[i] *= 1.0f + float(i % 5) * 0x1.001p-11f;  // off the grid, and halfway
+      }
+      back[n] = 12345;
+      ours::to_float16(floats, n, back);
+      check(back[n] == 12345, "run to float16, end", back[n], 12345);
+      for (int i = 0; i < n; ++i) {
+        const uint16_t wanted = ours::to_float16(floats[i]);
+        const bool nan = floats[i] != floats[i];
+        check(nan ? (back[i] & 0x7fff) > 0x7c00 : back[i] == wanted, "run to float16", back[i], wanted);
+      }
+    }
+}
+
 // Blocks of every length around the vectors: maximum, sums and gaps against long double.
 template <class T>
 void blocks() {
@@ -159,13 +185,17 @@ void transposed() {
 
 int main() {
   exponential<float, ours::Origin<float>>("exp, float", [](float m) { return ours::Origin<float>(m); });
-  exponential<float, ours::TwoSum<float>>("exp, float, lanes", [](float m) {
+  exponential<float, ours::Origin<float>>("exp, float, lanes", [](float m) {
+    return ours::Origin<float>(ours::splat(m));
+  });
+  exponential<float, ours::TwoSum<float>>("exp, float, two-sum", [](float m) {
     return ours::TwoSum<float>(ours::splat(m));
   });
   exponential<double, ours::Origin<double>>("exp, double", [](double m) { return ours::Origin<double>(m); });
   hyperbolic_tangent();
   logarithm();
   halves();
+  runs_of_halves();
   blocks<float>();
   blocks<double>();
   transposed<float>();

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+FUSED = ("-DCROSSENT_FMA", "-DCROSSENT_F16C")  # as csrc/kernels_avx2.cpp says
 SETS = {  # flags, bytes of a vector, what torch calls machines that have it
     "portable": ((), 16, ("DEFAULT", "NO AVX", "AVX2", "AVX512")),
-    "avx2": (("-mavx2", "-mfma"), 32, ("AVX2", "AVX512")),
-    "avx512": (("-march=skylake-avx512", "-mprefer-vector-width=512"), 64, ("AVX512",)),
+    "avx2": (("-mavx2", "-mfma", "-mf16c", *FUSED), 32, ("AVX2", "AVX512")),
+    "avx512": (("-march=skylake-avx512", "-mprefer-vector-width=512", *FUSED), 64, ("AVX512",)),
 }
 
 
