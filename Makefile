@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test bench docs wheel sanitize clean
+.PHONY: help setup browser demo test bench docs wheel sanitize clean
 
 help:
 	@echo "make demo   train a digits classifier with crossent, beside PyTorch's loss"
 	@echo "make test   everything that CI runs: lint, types, tests, doctests, notebooks"
-	@echo "make bench  time the loss and the fused head beside their peers"
+	@echo "make bench  time the loss, the fused head and explanations beside their peers"
 	@echo "make docs   write the generated pages again (docs/numerics.md, notebooks)"
 	@echo "make wheel  build dist/*.whl and try it outside the repository"
 	@echo "make sanitize  run the kernels' tests under GCC's sanitizers"
@@ -28,17 +28,24 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 demo: setup
 	$(BIN)/python examples/digits.py
 
-test: setup
+# Pages are tested in a real browser, from Debian's packages where there is none yet.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+	} >/dev/null 2>&1 || echo "NO BROWSER COULD BE INSTALLED: the tests of the pages will be skipped"
+
+test: setup browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# Cut Cross-Entropy asks for any torch and for Triton: taken without what it asks for.
+# Peers that ask for any torch, Triton or more: taken without what they ask for.
 bench: setup
-	-$(INSTALL) --no-deps triton cut-cross-entropy==25.1.1
+	-$(INSTALL) --no-deps triton cut-cross-entropy==25.1.1 cleanlab termcolor
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/explain.py
 
 docs: setup
 	$(BIN)/python scripts/numerics.py

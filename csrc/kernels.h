@@ -51,7 +51,7 @@ CROSSENT_INLINE void forward_block(const Problem<T>& p, int64_t row, int64_t c, 
   s.nan |= top == std::numeric_limits<T>::infinity();
   if (s.nan) return;
   const bool raised = top > s.m;
-  if (raised) s.raise(top);
+  if (raised) s.raise(top), s.top_block = c;
   if (s.m != -std::numeric_limits<T>::infinity()) {
     const BlockSum sum = block_sum(z, n, s.m, p.options.stats, ahead_of(p, row, c + n));
     s.add(sum.below);
@@ -84,17 +84,19 @@ CROSSENT_INLINE T scored_logit(const Problem<T>& p, int64_t row, int64_t c) {
   return *read_logits(p, row, c, 1, &z);
 }
 
-// The first place of the maximum, as torch.argmax: the first nan where there is one.
+// The first place of the maximum, as torch.argmax: the first nan where there is one. `m` is the maximum
+// and `from` where the block that has it begins; below 0 where neither is known.
 template <class T>
-CROSSENT_INLINE int64_t argmax_of(const Problem<T>& p, int64_t row) {
+CROSSENT_INLINE int64_t argmax_of(const Problem<T>& p, int64_t row, T m, int64_t from) {
   alignas(64) T buffer[kBlock];
   T best = 0;
   int64_t place = -1;
-  for (int64_t c = 0; c < p.classes; c += kBlock) {
+  const bool known = from >= 0 && m == m;
+  for (int64_t c = known ? from : 0; c < p.classes; c += kBlock) {
     const int n = int(p.classes - c < kBlock ? p.classes - c : kBlock);
     const T* z = read_logits(p, row, c, n, buffer);
     for (int i = 0; i < n; ++i) {
-      if (z[i] != z[i]) return c + i;
+      if (known ? z[i] == m : z[i] != z[i]) return c + i;
       if (place < 0 || z[i] > best) best = z[i], place = c + i;
     }
   }
@@ -169,7 +171,7 @@ CROSSENT_INLINE void finish_row(const Problem<T>& p, int64_t row, int64_t target
   if (o.stats) {
     p.lse[row] = T(lse), p.log_prob[row] = T(-plain);
     p.entropy[row] = T(log_sum + s.moment / (1 + rest));
-    p.argmax[row] = argmax_of(p, row);
+    p.argmax[row] = argmax_of(p, row, rest == rest ? s.m : T(nan), s.top_block);
   }
 }
 

@@ -12,10 +12,16 @@
 #define CROSSENT_ISA avx2
 #define CROSSENT_VECTOR_BYTES 32
 #include "lanes.h"
+#include "standing.h"
 
 namespace crossent {
-const Kernels kAvx2 = {"avx2", CROSSENT_ISA::forward_rows<float>, CROSSENT_ISA::forward_rows<double>,
-                    CROSSENT_ISA::backward_rows<float>, CROSSENT_ISA::backward_rows<double>};
+const Kernels kAvx2 = {"avx2",
+                       CROSSENT_ISA::forward_rows<float>,
+                       CROSSENT_ISA::forward_rows<double>,
+                       CROSSENT_ISA::backward_rows<float>,
+                       CROSSENT_ISA::backward_rows<double>,
+                       CROSSENT_ISA::standing_rows<float>,
+                       CROSSENT_ISA::standing_rows<double>};
 }
 
 #endif

@@ -106,6 +106,10 @@ struct Kernels {
   void (*forward64)(const Problem<double>&, int64_t begin, int64_t end);
   void (*backward32)(const Problem<float>&, int64_t begin, int64_t end);
   void (*backward64)(const Problem<double>&, int64_t begin, int64_t end);
+  void (*standing32)(const Problem<float>&, int64_t begin, int64_t end, int64_t* rank,
+                     int64_t* rival, float* best);
+  void (*standing64)(const Problem<double>&, int64_t begin, int64_t end, int64_t* rank,
+                     int64_t* rival, double* best);
 };
 
 extern const Kernels kPortable, kAvx2, kAvx512;

@@ -137,6 +137,7 @@ struct RowState {
   double uniform_mass = 0, uniform_gap = 0;   // the same for a uniform target: label smoothing
   double open = 0;                            // classes that are not -inf
   bool nan = false;
+  int64_t top_block = -1;                     // where the block of the maximum begins; -1: unknown
 
   // Sum of two doubles and what rounding took from it (Knuth).
   CROSSENT_INLINE void add(double x) {

@@ -285,8 +285,13 @@ def main(epochs: int, seed: int, output: Path) -> None:
         runs.append(train(name, loss, model, digits, ticks, seed))
     report(console, digits, *runs)
     console.print("Why is crossent's test loss what it is?\n", style="bold")
-    console.print(crossent.explain(runs[0].logits, digits.test_y))
-    for path in save(output, digits, *runs):
+    why = crossent.explain(
+        runs[0].logits, digits.test_y, classes=[f"digit {i}" for i in range(CLASSES)]
+    )
+    console.print(why)
+    paths = save(output, digits, *runs)
+    why.to_html(output / "digits.html")
+    for path in (*paths, output / "digits.html"):
         console.print("wrote", os.path.relpath(path), soft_wrap=True)
 
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
@@ -270,6 +272,10 @@ def files(tmp_path, digits):
     (tmp_path / "t.csv").write_text("target\n" + "\n".join(map(str, t.tolist())))
     torch.save(z, tmp_path / "z.pt")
     torch.save({"logits": z, "target": t}, tmp_path / "both.pt")
+    save_file({"logits": z, "labels": t}, tmp_path / "both.safetensors")
+    frame = pandas.DataFrame(z.numpy(), columns=[f"digit {i}" for i in range(10)])
+    frame.to_parquet(tmp_path / "z.parquet")
+    pandas.DataFrame({"id": range(200), "target": t.numpy()}).to_parquet(tmp_path / "t.parquet")
     (tmp_path / "names.txt").write_text("\n".join(f"digit {i}" for i in range(10)))
     return tmp_path
 
@@ -286,6 +292,8 @@ def command(*arguments):
         ("z.csv", "t.csv"),
         ("z.pt", "t.npy"),
         ("both.pt", "both.pt"),
+        ("both.safetensors", "both.safetensors"),
+        ("z.parquet", "t.parquet"),
     ],
 )
 def test_command_line(files, names, digits):

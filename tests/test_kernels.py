@@ -90,6 +90,35 @@ def test_small_calls_are_the_others(shape, reduction, monkeypatch):
     assert torch.equal(all_of_it()[0], other[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 9, 2048, 2049, 5000])
+def test_standing_is_the_references(classes, dtype):
+    z = torch.randn(40, classes).mul(4).round().div(4).to(dtype)  # with ties
+    z[1, ::2], z[2], z[3, 0] = torch.nan, -torch.inf, torch.inf
+    t = torch.randint(0, classes, (40,))
+    t[5], t[6] = -1, classes
+    torch.library.opcheck(ops.standing.default, (z, t))
+    mine, its = ops.standing(z, t), crossent.backends.reference.standing(z, t)
+    for name, a, b in zip(("rank", "rival", "best"), mine, its, strict=True):
+        kept = torch.arange(40) != 1  # which of several nans is best is nobody's business
+        assert torch.equal(a[kept], b[kept]), name
+    order = z[0].argsort(descending=True, stable=True)
+    assert (z[0] > z[0, t[0]]).sum() + 1 == mine[0][0]
+    if classes > 1:
+        assert mine[1][0] == next(c for c in order.tolist() if c != t[0])
+    strided = z.t().contiguous().t()
+    for a, b in zip(ops.standing(strided, t), mine, strict=True):
+        assert torch.equal(a[kept], b[kept])
+
+
+def test_argmax_is_torchs():
+    z = torch.randn(30, 5000).mul(2).round()
+    z[3, 4000], z[4, 100], z[5] = torch.nan, torch.inf, -torch.inf
+    z[6, 7:] = -torch.inf
+    _, stats = crossent.cross_entropy(z, torch.zeros(30).long(), return_stats=True, backend="cpu")
+    assert torch.equal(stats.argmax, z.argmax(-1))
+
+
 def test_a_compiler_means_kernels():
     """This file runs only where there are kernels; where there is a compiler there must be some."""
     if shutil.which("g++"):

@@ -24,6 +24,7 @@ from .linear import linear_cross_entropy
 from .linear_rows import linear_entropy, linear_log_prob
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from .patching import patch
+from .playground import Playground, playground
 from .rows import Stats
 from .steps import Steps, steps
 from .warn import ClassAxisWarning, CrossentWarning, DoubleSoftmaxWarning
@@ -42,6 +43,7 @@ __all__ = [
     "DoubleSoftmaxWarning",
     "Explanation",
     "LinearCrossEntropyLoss",
+    "Playground",
     "Stats",
     "Steps",
     "Suspect",
@@ -59,6 +61,7 @@ __all__ = [
     "log_prob",
     "log_softmax",
     "patch",
+    "playground",
     "softmax",
     "softmax_jacobian",
     "steps",

@@ -86,6 +86,7 @@ _FILE = click.Path(path_type=Path)
 @click.argument("target", type=_FILE, required=False)
 @click.option("--classes", type=_FILE, help="A text file with one class name a line.")
 @click.option("--json", "json_path", type=_FILE, help="Write everything as JSON; - is stdout.")
+@click.option("--html", "html_path", type=_FILE, help="Write a page that needs nothing but itself.")
 @click.option("--top", default=10, show_default=True, help="How many lines a table shows.")
 @click.option("--ignore-index", default=-100, show_default=True, help="Rows to leave out.")
 def explain(
@@ -93,6 +94,7 @@ def explain(
     target: Path | None,
     classes: Path | None,
     json_path: Path | None,
+    html_path: Path | None,
     top: int,
     ignore_index: int,
 ) -> None:
@@ -112,15 +114,36 @@ def explain(
         raise _BadInput(error) from error
     except (ValueError, TypeError, IndexError) as error:
         raise _BadInput(f"{logits}: {error}") from error
-    if json_path is not None:
-        text = why.to_json(top)
-        if str(json_path) == "-":
-            click.echo(text)
-            return
-        json_path.write_text(text, encoding="utf-8")
+    _write(html_path, why.to_html() if html_path else "")
+    _write(json_path, why.to_json(top) if json_path else "")
+    if "-" in (str(json_path), str(html_path)):
+        return
     from .explain.terminal import as_renderable
 
     _console().print(as_renderable(why, top))
+
+
+@main.command()
+@click.option("--html", "path", type=_FILE, required=True, help="Where to write the page.")
+def playground(path: Path) -> None:
+    """Write a page where logits are dragged, and softmax, loss and gradient follow."""
+    from .playground import playground as make
+
+    _write(path, make().to_html())
+
+
+def _write(path: Path | None, text: str) -> None:
+    """Write a file; - is stdout."""
+    if path is None:
+        return
+    if str(path) == "-":
+        click.echo(text)
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _BadInput(f"{path}: cannot be written: {error.strerror}") from error
+    click.echo(f"wrote {path}", err=True)
 
 
 def _explained(

@@ -8,6 +8,9 @@ plain int64 targets: loss, gradient (no elements where not wanted), and whether 
 closer, for a wrong target, nothing that counts, or probabilities. ``crossent::advise`` asks for
 large pages under memory not yet touched.
 
+``crossent::standing`` says where the target (n) of each row (n, V) stands: its rank (1 is best),
+the best of the other classes, that one's logit; 0, -1 and 0 where the target is no class.
+
 ``crossent::thin`` leaves a few entries of a gradient (n, V) (src/crossent/thinning.py): start
 (n + 1), column (int32), value; nothing at all where more than ``limit`` are left. Their product
 with a weight (V, D) is ``gather``, that of the transpose with x (n, D) is added by ``scatter_``.
@@ -54,6 +57,9 @@ _library.define(
 _library.define(
     "small(Tensor logits, Tensor target, int ignore_index, bool mean, bool differentiate)"
     " -> (Tensor loss, Tensor gradient, int odd)"
+)
+_library.define(
+    "standing(Tensor logits, Tensor target) -> (Tensor rank, Tensor rival, Tensor best)"
 )
 _library.define("advise(Tensor memory) -> ()")
 _library.define(
@@ -116,6 +122,12 @@ def _backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
 @torch.library.register_fake("crossent::backward_", lib=_library)
 def _backward_(*_: Any) -> None:
     return None
+
+
+@torch.library.register_fake("crossent::standing", lib=_library)
+def _standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    best = logits.new_empty(target.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return torch.empty_like(target), torch.empty_like(target), best
 
 
 @torch.library.register_fake("crossent::advise", lib=_library)

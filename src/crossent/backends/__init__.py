@@ -108,3 +108,10 @@ def log_prob(selection: Selection) -> Tensor:
 def entropy(logits: Logits) -> Tensor:
     """The entropy of each row."""
     return reference.entropy(logits)
+
+
+def standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row (n, V): the target's rank, the best of the other classes, and its logit."""
+    if logits.device.type == "cpu" and not cpu.MISSING:
+        return cpu.standing(logits, target)
+    return reference.standing(logits, target)

@@ -97,6 +97,12 @@ def advise(memory: Tensor) -> None:
     torch.ops.crossent.advise(memory)
 
 
+def standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row (n, V): the target's rank, the best of the other classes, and its logit."""
+    rank, rival, best = torch.ops.crossent.standing(logits, target)
+    return rank, rival, best
+
+
 def total(problem: Problem, differentiable: Differentiable, settle: Settle) -> Tensor:
     """The reduced loss, 0-d, of rows that are summed in passing and never stored.
 

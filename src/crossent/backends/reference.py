@@ -49,6 +49,27 @@ def rows(problem: Problem) -> Rows:
     return Rows(loss, mass, stats)
 
 
+def standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row (n, V): the target's rank, the best of the other classes, and its logit."""
+    classes = logits.shape[-1]
+    unknown = (target < 0) | (target >= classes)
+    index = target.masked_fill(unknown, 0).unsqueeze(-1)
+    others = logits.to(torch.promote_types(logits.dtype, torch.float32)).nan_to_num(
+        -torch.inf, torch.inf, -torch.inf
+    )
+    own = logits.gather(-1, index)
+    others = others.scatter(-1, index, -torch.inf)
+    rank = (others > own).sum(-1) + 1
+    best, rival = others.max(-1)
+    # Where nothing else is above -inf, the first class may be the target itself: the next one then.
+    rival = rival + (rival == index.squeeze(-1))
+    if classes == 1:
+        rival = torch.full_like(rival, -1)
+    blanks = ((rank, 0), (rival, -1), (best, 0))
+    rank, rival, best = (values.masked_fill(unknown, blank) for values, blank in blanks)
+    return rank, rival, best
+
+
 def rows_and_gradient(problem: Problem, upstream: Tensor | None) -> tuple[Rows, Tensor | None]:
     """The rows, without a graph; with an upstream gradient (*rows) also theirs by the logits."""
     if upstream is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .diagnose import Suspect, suspects
 from .explanation import Explanation
 from .measure import Source, measure
+from .tables import Tokens
 
 __all__ = ["Explanation", "Suspect", "explain"]
 
@@ -20,6 +21,7 @@ def explain(
     *,
     classes: Sequence[str] | None = None,
     ids: Sequence[str] | None = None,
+    tokens: Tokens | None = None,
     class_prior: Tensor | Sequence[float] | None = None,
     ignore_index: int = -100,
     progress: Any = None,
@@ -36,6 +38,8 @@ def explain(
         target: class indices, the shape of logits without its last axis.
         classes: V names.
         ids: N names of rows (B names of sequences).
+        tokens: the text at each position of sequences, (B, T) strings; or a function from class to
+            text, such as a tokenizer's ``decode``, that names classes, too.
         class_prior: V probabilities that the loss is compared with; None: the targets' own
             frequencies.
         ignore_index: rows with this target are left out.
@@ -59,11 +63,28 @@ def explain(
     source = Source.of(logits, target, ignore_index)
     _check_names("classes", classes, source.classes, "one name a class")
     _check_names("ids", ids, source.shape[0], "one name for each entry of the first axis")
+    _check_tokens(tokens, source)
     rows = measure(source, progress)
     found = suspects(rows, source)
-    return Explanation.of(rows, source, found, classes, ids, class_prior)
+    return Explanation.of(rows, source, found, classes, ids, tokens, class_prior)
 
 
 def _check_names(name: str, given: Sequence[str] | None, expected: int, meaning: str) -> None:
     if given is not None and len(given) != expected:
         raise ValueError(f"{name}: expected {expected} ({meaning}), got {len(given)}")
+
+
+def _check_tokens(tokens: Tokens | None, source: Source) -> None:
+    if tokens is None or callable(tokens):
+        return
+    if len(source.shape) < 2:
+        raise ValueError(
+            "tokens: expected a function from class to text, for rows that are no sequences, got "
+            f"{type(tokens).__name__}"
+        )
+    found = [len(sequence) for sequence in tokens]
+    if len(found) != source.shape[0] or set(found) != {source.shape[1]}:
+        raise ValueError(
+            f"tokens: expected {source.shape[0]} sequences of {source.shape[1]} strings, got "
+            f"{len(found)} of {min(found, default=0)} to {max(found, default=0)}"
+        )

@@ -13,7 +13,8 @@ from ..functional import cross_entropy
 from .measure import Rows, Source
 
 _LOOKED_AT = 256  # rows whose logits are read again, evenly spread
-_SAMPLE = 16 * 2**20  # bytes of logits that a temperature is fitted on
+_FITTED = 8192  # rows that a temperature is fitted on
+_SAMPLE = 8 * 2**20  # bytes of logits that are read again
 _SHOWN = 8  # classes named in a line of evidence
 
 
@@ -149,8 +150,8 @@ def _contradictions(rows: Rows, source: Source) -> Iterator[Suspect]:
     if len(places) < 2:
         return
     # A row's numbers are the same bits in every batch: equal rows have equal ones.
-    keys = torch.stack([rows.lse.double(), rows.entropy.double(), rows.confidence.double()], -1)
-    _, group, size = torch.unique(keys[places], dim=0, return_inverse=True, return_counts=True)
+    keys = rows.lse.double().view(torch.int64) * 31 + rows.entropy.double().view(torch.int64)
+    _, group, size = torch.unique(keys[places], return_inverse=True, return_counts=True)
     same: dict[bytes, list[int]] = {}
     for place in places[size[group] > 1].tolist():
         raw = source.rows(place, place + 1).cpu().float().numpy().tobytes()
@@ -296,19 +297,20 @@ def reliability(rows: Rows, bins: int = 15) -> list[tuple[float, float, float, f
 
 
 def _spread(source: Source) -> Tensor:
-    """Up to 256 rows, evenly spread."""
-    step = max(1, source.total // _LOOKED_AT)
-    some = range(0, source.total, step)
-    return torch.cat([source.rows(i, i + 1).float().cpu() for i in some][:_LOOKED_AT])
+    """Some rows, evenly spread."""
+    return source.some(_evenly(torch.arange(source.total), source, _LOOKED_AT)).float()
 
 
 def _sample(source: Source, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Counted rows within a budget of memory, evenly spread."""
-    places = counted.nonzero().squeeze(-1)
-    most = max(16, _SAMPLE // (4 * source.classes))
-    places = places[:: max(1, len(places) // most)][:most]
-    logits = torch.cat([source.rows(i, i + 1).float().cpu() for i in places.tolist()])
-    return logits, source.target.flatten().cpu()[places]
+    """Counted rows for fitting, evenly spread."""
+    places = _evenly(counted.nonzero().squeeze(-1), source, _FITTED)
+    return source.some(places).float(), source.target.flatten().cpu()[places]
+
+
+def _evenly(places: Tensor, source: Source, most: int) -> Tensor:
+    """At most so many of these rows, and no more than a budget of memory holds."""
+    most = max(16, min(most, _SAMPLE // (4 * source.classes)))
+    return places[:: max(1, -(-len(places) // most))]
 
 
 def _scaled_loss(logits: Tensor, target: Tensor, log_temperature: float) -> float:

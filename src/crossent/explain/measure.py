@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..functional import cross_entropy
 from ..warn import CrossentWarning
 
-_BLOCK = 4 * 2**20  # bytes of logits looked at together: they stay in a CPU's cache
+_BLOCK = 8 * 2**20  # bytes of logits looked at together: they stay in a CPU's cache
 
 
 class Source(NamedTuple):
@@ -59,6 +60,13 @@ class Source(NamedTuple):
         if not tensor.is_floating_point():
             raise TypeError(f"logits: expected floating point, got {tensor.dtype}")
         return tensor
+
+    def some(self, places: Tensor) -> Tensor:
+        """Logits of these rows of the flattened shape."""
+        flat = self.logits.reshape(-1, self.classes)
+        if isinstance(flat, Tensor):
+            return flat.detach()[places.to(flat.device)].cpu()
+        return _from_array(flat[places.numpy()])
 
     def blocks(self) -> list[tuple[int, int]]:
         """Runs of rows that are looked at together."""
@@ -114,14 +122,10 @@ def _block(logits: Tensor, target: Tensor, ignore_index: int) -> Rows:
             return_dtype=dtype,
             return_stats=True,
         )
-    index = target.where(stats.counted, 0).unsqueeze(-1)
-    own = logits.gather(-1, index)
-    others = logits.scatter(-1, index, -torch.inf)
-    best, rival = others.max(-1)
-    rank = (others > own).sum(-1) + 1
-    top = torch.maximum(best, own.squeeze(-1)).to(dtype)
-    margin = own.squeeze(-1).to(dtype) - best.to(dtype)
     blank = ~stats.counted
+    rank, rival, best = backends.standing(logits, target.masked_fill(blank, -1))
+    own = logits.gather(-1, target.masked_fill(blank, 0).unsqueeze(-1)).squeeze(-1).to(dtype)
+    top, margin = torch.maximum(best, own), own - best
     return Rows(
         loss=loss.cpu(),
         target=target.cpu(),
@@ -129,8 +133,8 @@ def _block(logits: Tensor, target: Tensor, ignore_index: int) -> Rows:
         counted=stats.counted.cpu(),
         probability=stats.target_log_prob.exp().masked_fill(blank, 0).cpu(),
         confidence=(top - stats.lse).exp().masked_fill(blank, 0).cpu(),
-        rank=rank.masked_fill(blank, 0).cpu(),
-        rival=rival.masked_fill(blank, -1).cpu(),
+        rank=rank.cpu(),
+        rival=rival.cpu(),
         margin=margin.masked_fill(blank, 0).cpu(),
         entropy=stats.entropy.cpu(),
         lse=stats.lse.cpu(),

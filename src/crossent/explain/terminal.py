@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .explanation import Explanation
 
 _WIDE = 24  # characters of a bar
-_FORMATS = {
+FORMATS = {
     "loss": "{:.4f}",
     "share": "{:.1%}",
     "accuracy": "{:.1%}",
@@ -100,8 +100,8 @@ def _table(title: str, frame: pandas.DataFrame, bar: str | None) -> Table:
 
 def _cell(name: str, value: Any) -> Text:
     """Text, never markup: names come from outside."""
-    if isinstance(value, float) and name in _FORMATS:
-        return Text(_FORMATS[name].format(value))
+    if isinstance(value, float) and name in FORMATS:
+        return Text(FORMATS[name].format(value))
     return Text(str(value))
 
 
