@@ -43,6 +43,9 @@ ALLOWED = {
     "linear_rows": {"derivatives", "functional", "head", "options", "problem", "rowwise", "sweep"},
     "modules": {"functional", "linear", "options"},
     "patching": {"functional", "options", "reduction"},
+    "lazy": {"functional", "linear", "linear_rows"},
+    "integrations": set(),
+    "integrations.huggingface": {"functional", "lazy", "patching"},
     "steps": {"functional", "calculus", "steps_view"},
     "steps_view": {"steps"},
     "note": {"steps"},
@@ -78,7 +81,7 @@ THIRD_PARTY = {
     "cli": {"torch", "click", "rich"},
     "testing": {"torch", "mpmath"},
 }
-PACKAGES = {"backends", "explain"}
+PACKAGES = {"backends", "explain", "integrations"}
 TYPES_ONLY = {"typing_extensions"}
 
 
