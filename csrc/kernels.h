@@ -46,8 +46,9 @@ CROSSENT_INLINE void forward_block(const Problem<T>& p, int64_t row, int64_t c, 
                                    RowState<T>& s) {
   alignas(64) T buffer[kBlock], target[kBlock];
   const T* z = read_logits(p, row, c, n, buffer);
-  const T top = block_max(z, n);
-  if (top == -std::numeric_limits<T>::infinity()) s.nan |= any_nan(z, n);  // else sums see it
+  bool odd;
+  const T top = block_max(z, n, &odd);
+  if (odd) s.nan |= any_nan(z, n);
   s.nan |= top == std::numeric_limits<T>::infinity();
   if (s.nan) return;
   const bool raised = top > s.m;

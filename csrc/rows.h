@@ -26,22 +26,29 @@ struct Ahead {
   }
 };
 
-// Largest element of a block; nan is passed over. n >= 1.
+// Largest element of a block; nan is passed over. n >= 1. `odd` tells whether some element is no
+// finite number: a sum of zeros is nan then.
 template <class T>
-CROSSENT_INLINE T block_max(const T* z, int n) {
+CROSSENT_INLINE T block_max(const T* z, int n, bool* odd) {
   constexpr int L = kLanes<T>;
   const T lowest = -std::numeric_limits<T>::infinity();
-  V<T> m0 = splat(lowest), m1 = m0;
+  V<T> m0 = splat(lowest), m1 = m0, zeros0 = {}, zeros1 = {};
   int i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
     const V<T> a = load(z + i), b = load(z + i + L);
     m0 = a > m0 ? a : m0;
     m1 = b > m1 ? b : m1;
+    zeros0 += a * T(0);
+    zeros1 += b * T(0);
   }
   for (; i < n; i += L) {
     const V<T> a = i + L <= n ? load(z + i) : load_tail(z, n, lowest);
     m0 = a > m0 ? a : m0;
+    zeros0 += (i + L <= n ? a : load_tail(z, n, T(0))) * T(0);
   }
+  zeros0 += zeros1;
+  *odd = false;
+  for (int k = 0; k < L; ++k) *odd |= zeros0[k] != T(0);
   m0 = m0 > m1 ? m0 : m1;
   T max = m0[0];
   for (int k = 1; k < L; ++k) max = m0[k] > max ? m0[k] : max;

@@ -1,6 +1,7 @@
 // Holds the functions of csrc/*.h to what is written above them: built and run by test_contracts.py for
 // each instruction set. Prints what fails; the exit code counts it.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -146,7 +147,15 @@ void blocks() {
     if (n > 2) z[n / 2] = -std::numeric_limits<T>::infinity(), y[n / 2] = 0;
     T m = z[0];
     for (T v : z) m = v > m ? v : m;
-    check(ours::block_max(z.data(), n) == m, "block_max", ours::block_max(z.data(), n), m);
+    bool odd = true, odder = false;
+    const T found = ours::block_max(z.data(), n, &odd);
+    check(found == m, "block_max", found, m);
+    const bool infinite = std::any_of(z.begin(), z.begin() + n, [](T x) { return std::isinf(x); });
+    check(odd == infinite, "block_max, odd", odd, infinite);
+    std::vector<T> strange(z.begin(), z.begin() + n);
+    strange[n / 2] = std::numeric_limits<T>::quiet_NaN();
+    ours::block_max(strange.data(), n, &odder);
+    check(odder, "block_max, nan is odd", odder, 1);
     long double below = 0, moment = 0, mass = 0, gap = 0;
     int ties = 0, open = 0;
     for (int i = 0; i < n; ++i) {

@@ -164,6 +164,94 @@ def test_clean_data_raises_no_alarm(digits):
     assert kinds(crossent.explain(3 * sequence, t)) == set()
 
 
+def test_what_is_ignored_breaks_no_page():
+    z, t = torch.randn(2, 5, 4), torch.randint(0, 4, (2, 5))
+    t[0, :4] = 255
+    z[0, 0], z[0, 1, 0], z[0, 2] = torch.nan, torch.inf, torch.tensor([1000.0, 0, 0, 0])
+    z[1, 2] = torch.nan  # counted
+    why = crossent.explain(z, t, ignore_index=255, classes=list("abcd"))
+    html = why.to_html()
+    data = json.loads(html.split('id="strips">')[1].split("</script>")[0])
+    tokens = [token for strip in data for token in strip]
+    assert [None, None, []] in tokens
+    assert ["nan", None, []] in tokens
+    assert all(0 <= p <= 1 for _, _, best in tokens for _, p in best)
+
+
+def test_a_wrong_target_is_named_by_its_place():
+    z, t = torch.zeros(3000, 2000), torch.zeros(3000).long()
+    t[2500] = 5000
+    with pytest.raises(IndexError, match=r"target\[2500\] is 5000 \(row 2500\)"):
+        crossent.explain(z, t)
+    with pytest.raises(IndexError, match=r"target\[1, 2\] is 9"):
+        crossent.explain(torch.zeros(2, 3, 4), torch.tensor([[0, 0, 0], [0, 0, 9]]))
+
+
+def test_logits_that_are_no_rows_are_read_in_place():
+    z, t = torch.randn(5, 9, 6), torch.randint(0, 6, (5, 8))
+    same = crossent.explain(z[:, :-1].contiguous(), t)
+    for logits in (z[:, :-1], np.asfortranarray(z[:, :-1].numpy())):
+        why = crossent.explain(logits, t)
+        assert why.source.logits is logits
+        assert torch.equal(why.loss, same.loss)
+        assert why.hardest(3).equals(same.hardest(3))
+
+
+def test_classes_of_one_name_are_still_two(digits):
+    why = crossent.explain(*digits, classes=["x"] * 10)
+    assert len(why.by_pair(mistakes=True)) > 3
+    assert "by confusion" in str(why)
+
+
+def test_what_is_not_a_number_is_not_good():
+    why = crossent.explain(torch.full((20, 4), torch.nan), torch.zeros(20).long())
+    assert math.isnan(why.perplexity)
+    assert why.top5 == 0
+    assert math.isnan(why.ece)
+    assert why.hardest(-1).empty
+    with pytest.raises(ValueError, match="class_prior: expected probabilities"):
+        crossent.explain(torch.zeros(2, 3), torch.zeros(2).long(), class_prior=[3.0, 3.0, 3.0])
+    names = ["\x1b]0;x"] * 3
+    assert "\x1b" not in str(crossent.explain(torch.eye(3), torch.arange(3), classes=names))
+
+
+@pytest.mark.filterwarnings("error")
+def test_double_softmax_of_sequences_is_said_once():
+    z = torch.randn(3, 6, 5).softmax(-1)
+    assert "double softmax" in kinds(crossent.explain(z, torch.zeros(3, 6).long()))
+
+
+def test_tables_as_pandas_writes_them(tmp_path, digits):
+    z, t = digits[0][:50], digits[1][:50]
+    expected = F.cross_entropy(z, t).item()
+    frame = pandas.DataFrame(z.numpy())
+    frame.to_csv(tmp_path / "plain.csv", index=False)
+    frame.to_csv(tmp_path / "index.csv")
+    frame.to_csv(tmp_path / "bare.csv", index=False, header=False, encoding="utf-8-sig")
+    frame.assign(target=t.numpy()).to_csv(tmp_path / "both.csv", index=False)
+    np.save(tmp_path / "t.npy", t.numpy())
+    np.savetxt(tmp_path / "t.csv", t.numpy(), fmt="%d")
+    for names in ("plain.csv t.npy", "index.csv t.npy", "bare.csv t.csv", "both.csv both.csv"):
+        done = command(*(tmp_path / name for name in names.split()), "--json", "-")
+        assert done.exit_code == 0, (names, done.output)
+        assert json.loads(done.stdout)["mean"] == pytest.approx(expected, rel=1e-5), names
+        assert json.loads(done.stdout)["classes"] == 10
+
+
+def test_broken_archives_are_bad_input(tmp_path):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
+    for name in ("empty.npz", "cut.npz", "none.npz"):
+        done = command(tmp_path / name)
+        assert done.exit_code == 2, done.output
+        assert len(done.stderr.strip().splitlines()) == 1
+    (tmp_path / "names.txt").write_text("\ufeffa\x85b\nc\nd\n", encoding="utf-8")
+    np.save(tmp_path / "z.npy", np.eye(3))
+    np.save(tmp_path / "t.npy", np.arange(3))
+    done = command(tmp_path / "z.npy", tmp_path / "t.npy", "--classes", tmp_path / "names.txt")
+    assert done.exit_code == 0, done.output
+
+
 def test_double_softmax(digits):
     why = crossent.explain(digits[0].softmax(-1), digits[1])
     assert "double softmax" in kinds(why)

@@ -119,6 +119,42 @@ def test_argmax_is_torchs():
     assert torch.equal(stats.argmax, z.argmax(-1))
 
 
+@pytest.mark.parametrize("classes", [3, 40, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_any_nan_is_nan(classes, dtype):
+    """Whatever the bits of a nan: its payload is not taken for an exponent."""
+    whole, least = torch.int32, 0x7F800001
+    if dtype == torch.float64:
+        whole, least = torch.int64, 0x7FF0000000000001
+    for payload in (-1, -100, least):
+        for place in (1, classes - 1):
+            x = torch.zeros(4, classes, dtype=dtype)
+            x.view(whole)[2, place] = payload
+            x.requires_grad_()
+            t = torch.zeros(4).long()
+            loss = crossent.cross_entropy(x, t, reduction="none", backend="cpu")
+            assert loss.isnan().tolist() == [False, False, True, False]
+            loss.sum().backward()
+            assert x.grad[2].isnan().all()
+            assert x.grad[:2].isfinite().all()
+            assert crossent.cross_entropy(x, t, backend="cpu").isnan()
+
+
+def test_small_calls_are_as_careful_as_the_others():
+    x, t = torch.randn(3, 5, requires_grad=True), torch.tensor([0, -100, 2])
+    loss = crossent.cross_entropy(x, t)
+    t[0] = 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x, retain_graph=True)
+    loss = crossent.cross_entropy(x, t)
+    (gradient,) = torch.autograd.grad(loss * torch.nan, x)
+    assert gradient[1].tolist() == [0.0] * 5
+    assert gradient[0].isnan().all()
+    for options in ({"label_smoothing": False}, {"z_loss": False}, {"shift": False}):
+        with pytest.raises(TypeError, match="expected"):
+            crossent.cross_entropy(x, t, **options)
+
+
 def test_a_compiler_means_kernels():
     """This file runs only where there are kernels; where there is a compiler there must be some."""
     if shutil.which("g++"):

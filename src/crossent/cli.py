@@ -87,7 +87,13 @@ _FILE = click.Path(path_type=Path)
 @click.option("--classes", type=_FILE, help="A text file with one class name a line.")
 @click.option("--json", "json_path", type=_FILE, help="Write everything as JSON; - is stdout.")
 @click.option("--html", "html_path", type=_FILE, help="Write a page that needs nothing but itself.")
-@click.option("--top", default=10, show_default=True, help="How many lines a table shows.")
+@click.option(
+    "--top",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="How many lines a table shows.",
+)
 @click.option("--ignore-index", default=-100, show_default=True, help="Rows to leave out.")
 def explain(
     logits: Path,

@@ -31,8 +31,13 @@ def load(path: Path, what: str) -> Any:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: expected one of {', '.join(sorted(_READERS))}")
+    return _guarded(path, lambda: reader(path, what))
+
+
+def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+    """What ``read`` returns; whatever goes wrong is an error that names the file."""
     try:
-        return reader(path, what)
+        return read()
     except DataError:
         raise
     except ImportError as error:
@@ -46,12 +51,15 @@ def load(path: Path, what: str) -> Any:
 
 def has(path: Path, what: str) -> bool:
     """Whether one file holds both logits and target, so that this one is among them."""
-    if path.suffix.lower() != ".npz":
+    if path.suffix.lower() != ".npz" or not path.is_file():
         return False
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as arrays:
-        return any(name in arrays.files for name in NAMES[what])
+    def look() -> bool:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return any(name in arrays.files for name in NAMES[what])
+
+    return bool(_guarded(path, look))
 
 
 def names(path: Path) -> list[str]:
@@ -59,7 +67,7 @@ def names(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected text in UTF-8, one name a line") from error
 
@@ -73,14 +81,16 @@ def _npy(path: Path, what: str) -> Any:
 def _npz(path: Path, what: str) -> Any:
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return arrays[_choose(path, what, list(arrays.files))]
 
 
 def _csv(path: Path, what: str) -> Any:
     import pandas
 
-    return _columns(path, what, pandas.read_csv(path, header=None if _no_header(path) else 0))
+    header = None if _no_header(path) else 0
+    frame = pandas.read_csv(path, header=header, encoding="utf-8-sig")
+    return _columns(path, what, frame.drop(columns="Unnamed: 0", errors="ignore"))
 
 
 def _parquet(path: Path, what: str) -> Any:
@@ -129,6 +139,8 @@ def _columns(path: Path, what: str, frame: Any) -> Any:
                 f"{frame.shape[1]}"
             )
         frame = frame[name] if name is not None else frame.iloc[:, 0]
+    else:
+        frame = frame.drop(columns=[n for n in NAMES["target"] if n in frame.columns])
     values = frame.to_numpy()
     if values.dtype.kind not in "fiu":
         raise DataError(f"{path}: expected numbers, got {values.dtype}")
@@ -138,14 +150,17 @@ def _columns(path: Path, what: str, frame: Any) -> Any:
 
 
 def _no_header(path: Path) -> bool:
-    """Whether the first line is numbers already."""
-    with path.open(encoding="utf-8") as lines:
-        first = lines.readline().strip().split(",")
+    """Whether the first line is numbers already; 0, 1, 2, ... are the names that pandas writes."""
+    with path.open(encoding="utf-8-sig") as lines:
+        first = [cell.strip() for cell in lines.readline().split(",")]
+    columns = first[first[0] == "" :]  # before them, an index without a name
+    if len(columns) > 1 and columns == [str(i) for i in range(len(columns))]:
+        return False
     try:
-        [float(cell) for cell in first]
+        [float(cell) for cell in first if cell]
     except ValueError:
         return False
-    return True
+    return any(first)
 
 
 _READERS: dict[str, Callable[[Path, str], Any]] = {

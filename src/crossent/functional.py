@@ -166,7 +166,7 @@ def cross_entropy(
             target,
             ignore_index,
             reduction == "mean",
-            lambda z: _plainly(z, target, options),
+            lambda z, t: _plainly(z, t, options),
         )
         if small is not None:
             return small
@@ -347,6 +347,8 @@ def _flat_cross_entropy(*tensors: Tensor, **keywords: Any) -> tuple[Tensor, ...]
 def _is_plain(options: Options) -> bool:
     """Whether nothing is asked for but the mean or sum that torch would give."""
     index, reduction, *others, backend = options
+    if options.label_smoothing is False or options.z_loss is False or options.shift is False:
+        return False  # equal to 0, but no number
     return (
         type(index) is int
         and reduction in ("mean", "sum")

@@ -14,7 +14,7 @@ def readable(tensor: Tensor) -> bool:
     Checks of values (targets in range, rows counted) run where this holds. Where it does not, the
     result is nan at the place of the error.
     """
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(tensor, FakeTensor):
         return False
     if tensor.device.type == "meta":
         return False

@@ -6,6 +6,7 @@ ones. Whatever is odd about such a call is left to the long way, which knows wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from .. import ops as ops  # its schemas
 from . import cpu
 
 # The same loss in a form that autograd can follow to any order.
-Differentiable = Callable[[Tensor], Tensor]
+Differentiable = Callable[[Tensor, Tensor], Tensor]
 
 _MOST = 16384  # logits; from here on a second thread is worth its while (kGrain in csrc/call.h)
 
@@ -47,7 +48,7 @@ def reduced(
 
 
 def _fits(input: Tensor, target: Tensor) -> bool:
-    if torch.compiler.is_compiling() or cpu.MISSING:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or cpu.MISSING:
         return False
     if type(input) is not Tensor or type(target) is not Tensor:
         return False
@@ -89,17 +90,28 @@ class _Small(torch.autograd.Function):
         )
         if odd:
             raise _Odd
-        ctx.save_for_backward(input, gradient)
+        ctx.save_for_backward(input, target, gradient)
         ctx.differentiable = differentiable
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient; with create_graph one that can be differentiated."""
-        input, gradient = ctx.saved_tensors
+        input, target, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():
-            loss = ctx.differentiable(input)
+            loss = ctx.differentiable(input, target)
             (gradient,) = torch.autograd.grad(loss, input, upstreams[0], create_graph=True)
-        else:
-            gradient = gradient * upstreams[0]
-        return gradient, None, None, None, None
+            return gradient, None, None, None, None
+        scaled = gradient * upstreams[0]
+        if _may_be_odd(upstreams[0]):  # what costs nothing has no gradient whatever it is times
+            scaled = scaled.masked_fill(gradient == 0, 0)
+        return scaled, None, None, None, None
+
+
+def _may_be_odd(upstream: Tensor) -> bool:
+    """Whether an upstream gradient is not finite, as far as can be seen."""
+    if _functorch.is_legacy_batchedtensor(upstream):  # is_grads_batched
+        return True
+    if _functorch.is_functorch_wrapped_tensor(upstream):
+        return True
+    return not math.isfinite(upstream.item())

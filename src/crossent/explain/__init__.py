@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..warn import CrossentWarning
 from .diagnose import Suspect, suspects
 from .explanation import Explanation
 from .measure import Source, measure
@@ -64,8 +66,10 @@ def explain(
     _check_names("classes", classes, source.classes, "one name a class")
     _check_names("ids", ids, source.shape[0], "one name for each entry of the first axis")
     _check_tokens(tokens, source)
-    rows = measure(source, progress)
-    found = suspects(rows, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CrossentWarning)  # a suspect says it better
+        rows = measure(source, progress)
+        found = suspects(rows, source)
     return Explanation.of(rows, source, found, classes, ids, tokens, class_prior)
 
 

@@ -121,10 +121,12 @@ def _shifted(rows: Rows, source: Source) -> Iterator[Suspect]:
     """Sequences whose logits fit the target of the next or the previous position."""
     if len(source.shape) < 2 or source.shape[1] < 4:
         return
-    sequences = min(source.shape[0], max(1, _LOOKED_AT // source.shape[1]))
-    length = source.shape[1]
-    logits = source.rows(0, sequences * length).float().reshape(sequences, length, -1).cpu()
-    target = source.target[:sequences].cpu()
+    most = max(4, min(_LOOKED_AT, _SAMPLE // (4 * source.classes)))  # positions
+    length = min(source.shape[1], most)
+    sequences = min(source.shape[0], max(1, most // length))
+    places = (torch.arange(sequences)[:, None] * source.shape[1] + torch.arange(length)).flatten()
+    logits = source.some(places).float().cpu().reshape(sequences, length, -1)
+    target = source.target[:sequences, :length].cpu()
     means = {}
     for shift in (-1, 0, 1):
         left, right = max(0, -shift), length - max(0, shift)
@@ -270,10 +272,10 @@ def _ignored(rows: Rows, source: Source) -> Iterator[Suspect]:
 
 def calibration_error(rows: Rows, bins: int = 15) -> float:
     """Expected calibration error: mean distance of confidence and accuracy over equal bins."""
-    return sum(
-        share * abs(accuracy - confidence)
-        for _, share, confidence, accuracy in reliability(rows, bins)
-    )
+    curve = reliability(rows, bins)
+    if not curve:
+        return math.nan
+    return sum(share * abs(accuracy - confidence) for _, share, confidence, accuracy in curve)
 
 
 def reliability(rows: Rows, bins: int = 15) -> list[tuple[float, float, float, float]]:
@@ -298,13 +300,13 @@ def reliability(rows: Rows, bins: int = 15) -> list[tuple[float, float, float, f
 
 def _spread(source: Source) -> Tensor:
     """Some rows, evenly spread."""
-    return source.some(_evenly(torch.arange(source.total), source, _LOOKED_AT)).float()
+    return source.some(_evenly(torch.arange(source.total), source, _LOOKED_AT)).float().cpu()
 
 
 def _sample(source: Source, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Counted rows for fitting, evenly spread."""
     places = _evenly(counted.nonzero().squeeze(-1), source, _FITTED)
-    return source.some(places).float(), source.target.flatten().cpu()[places]
+    return source.some(places).float().cpu(), source.target.flatten().cpu()[places]
 
 
 def _evenly(places: Tensor, source: Source, most: int) -> Tensor:

@@ -57,6 +57,11 @@ class Explanation(Tables):
                 raise ValueError(
                     f"class_prior: expected shape ({source.classes},), got {tuple(prior.shape)}"
                 )
+            if bool((prior < 0).any()) or abs(float(prior.sum()) - 1) > 1e-3:
+                raise ValueError(
+                    f"class_prior: expected probabilities, got numbers from {float(prior.min()):g} "
+                    f"that sum to {float(prior.sum()):g}; divide counts by their sum"
+                )
         cost = -prior[target].log()
         prior_loss = cost.mean().item() if len(cost) else math.nan
         return cls(rows, source, classes, ids, tokens, found, prior_loss)
@@ -72,11 +77,6 @@ class Explanation(Tables):
         return int(self.rows.counted.sum())
 
     @property
-    def sum(self) -> float:
-        """The sum of the losses."""
-        return self.rows.loss.double().sum().item()
-
-    @property
     def mean(self) -> float:
         """The mean loss of the rows that count."""
         return self.sum / self.count if self.count else math.nan
@@ -89,7 +89,7 @@ class Explanation(Tables):
     @property
     def perplexity(self) -> float:
         """exp of the mean loss."""
-        return math.exp(self.mean) if self.mean < 700 else math.inf
+        return math.inf if self.mean >= 700 else math.exp(self.mean)
 
     @property
     def accuracy(self) -> float:
@@ -99,7 +99,8 @@ class Explanation(Tables):
     @property
     def top5(self) -> float:
         """The share of rows whose target is among the five best classes."""
-        return self._share(self.rows.counted & (self.rows.rank <= 5))
+        known = self.rows.counted & ~self.rows.loss.isnan()
+        return self._share(known & (self.rows.rank <= 5))
 
     @property
     def chance(self) -> float:

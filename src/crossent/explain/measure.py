@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..functional import cross_entropy
-from ..warn import CrossentWarning
+from ..targets import check_range
 
 _BLOCK = 8 * 2**20  # bytes of logits looked at together: they stay in a CPU's cache
 
@@ -19,7 +18,7 @@ _BLOCK = 8 * 2**20  # bytes of logits looked at together: they stay in a CPU's c
 class Source(NamedTuple):
     """Rows of logits, wherever they are."""
 
-    logits: Any  # (*shape, V), a tensor or an array
+    logits: Any  # a tensor or an array: (N, V), or (B, T, V) where that cannot be seen as rows
     target: Tensor  # (*shape), int64
     shape: tuple[int, ...]
     classes: int
@@ -45,7 +44,9 @@ class Source(NamedTuple):
             )
         if min(logits.shape) == 0:
             raise ValueError(f"logits: expected rows and classes, got shape {tuple(logits.shape)}")
-        return cls(logits, target.detach().to(torch.int64), shape, logits.shape[-1], ignore_index)
+        target, classes = target.detach().to(torch.int64), logits.shape[-1]
+        check_range("target", target, classes, ignore_index)
+        return cls(_flat(logits), target, shape, classes, ignore_index)
 
     @property
     def total(self) -> int:
@@ -54,19 +55,23 @@ class Source(NamedTuple):
 
     def rows(self, begin: int, end: int) -> Tensor:
         """Logits of some rows of the flattened shape."""
-        flat = self.logits.reshape(-1, self.classes)[begin:end]
-        tensor = flat if isinstance(flat, Tensor) else _from_array(flat)
-        tensor = tensor.detach()
+        if len(self.logits.shape) == 2:
+            part = self.logits[begin:end]
+            tensor = (part if isinstance(part, Tensor) else _from_array(part)).detach()
+        else:
+            tensor = self.some(torch.arange(begin, end))
         if not tensor.is_floating_point():
             raise TypeError(f"logits: expected floating point, got {tensor.dtype}")
         return tensor
 
     def some(self, places: Tensor) -> Tensor:
         """Logits of these rows of the flattened shape."""
-        flat = self.logits.reshape(-1, self.classes)
-        if isinstance(flat, Tensor):
-            return flat.detach()[places.to(flat.device)].cpu()
-        return _from_array(flat[places.numpy()])
+        index: tuple[Tensor, ...] = (places,)
+        if len(self.logits.shape) == 3:
+            index = (places // self.shape[1], places % self.shape[1])
+        if isinstance(self.logits, Tensor):
+            return self.logits.detach()[tuple(i.to(self.logits.device) for i in index)]
+        return _from_array(self.logits[tuple(i.numpy() for i in index)])
 
     def blocks(self) -> list[tuple[int, int]]:
         """Runs of rows that are looked at together."""
@@ -111,17 +116,15 @@ def measure(source: Source, progress: Callable[[int], object] | None = None) -> 
 def _block(logits: Tensor, target: Tensor, ignore_index: int) -> Rows:
     target = target.to(logits.device)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CrossentWarning)  # a suspect says it better
-        loss, stats = cross_entropy(
-            logits,
-            target,
-            ignore_index=ignore_index,
-            dim=-1,
-            reduction="none",
-            return_dtype=dtype,
-            return_stats=True,
-        )
+    loss, stats = cross_entropy(
+        logits,
+        target,
+        ignore_index=ignore_index,
+        dim=-1,
+        reduction="none",
+        return_dtype=dtype,
+        return_stats=True,
+    )
     blank = ~stats.counted
     rank, rival, best = backends.standing(logits, target.masked_fill(blank, -1))
     own = logits.gather(-1, target.masked_fill(blank, 0).unsqueeze(-1)).squeeze(-1).to(dtype)
@@ -139,6 +142,13 @@ def _block(logits: Tensor, target: Tensor, ignore_index: int) -> Rows:
         entropy=stats.entropy.cpu(),
         lse=stats.lse.cpu(),
     )
+
+
+def _flat(logits: Any) -> Any:
+    """Rows of logits where that takes no copy, else what is given."""
+    if isinstance(logits, Tensor):
+        return logits.view(-1, logits.shape[-1]) if logits.is_contiguous() else logits
+    return logits.reshape(-1, logits.shape[-1]) if logits.flags.c_contiguous else logits
 
 
 def _from_array(array: Any) -> Tensor:

@@ -110,12 +110,14 @@ def _picture(figure: Figure) -> str:
 
 
 def _tables(why: Explanation) -> list[dict[str, Any]]:
-    pairs = why.by_pair()
-    wrong = pairs[pairs["target"] != pairs["predicted"]]
     parts = [
         ("quantiles", "what the hardest rows make of the total", why.by_quantile()),
         ("classes", "by class", why.by_class()),
-        ("pairs", "by confusion: target, and what was predicted instead", wrong),
+        (
+            "pairs",
+            "by confusion: target, and what was predicted instead",
+            why.by_pair(mistakes=True),
+        ),
     ]
     return [
         {"id": name, "caption": caption + _of(table), "frame": _frame(table.head(_LINES), "share")}
@@ -196,6 +198,8 @@ def _behind(why: Explanation, place: int) -> list[Any]:
     """Loss, rank of the target, and what was expected there."""
     best = [[str(why.name(c)), round(p, 4)] for c, p in why.best(place, _BEST)]
     loss = float(why.loss[place])
-    if not why.rows.counted[place] or not math.isfinite(loss):
+    if not why.rows.counted[place]:
         return [None, None, best]
+    if not math.isfinite(loss):  # JSON has no number for it
+        return [str(loss), None, best]
     return [round(loss, 4), int(why.rows.rank[place]), best]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Tables:
         """The k rows that cost most, with their best competitors."""
         order = self.rows.loss.masked_fill(~self.rows.counted, -math.inf)
         order = order.nan_to_num(math.inf).argsort(descending=True, stable=True)
-        places = order[: min(k, int(self.rows.counted.sum()))]
+        places = order[: max(0, min(k, int(self.rows.counted.sum())))]
         table = self._table(places)
         table["competitors"] = [self.named_competitors(place) for place in places.tolist()]
         return table
@@ -55,8 +56,11 @@ class Tables:
         ]
         return _ordered(lines, ["class", "count", "loss", "share", "accuracy"])
 
-    def by_pair(self) -> pandas.DataFrame:
-        """For each pair of target and prediction that occurs: rows, mean loss, share."""
+    def by_pair(self, mistakes: bool = False) -> pandas.DataFrame:
+        """For each pair of target and prediction that occurs: rows, mean loss, share.
+
+        With ``mistakes`` only for pairs of two classes.
+        """
         classes = self.source.classes
         target = self.rows.target.where(self.rows.counted, 0)
         pairs, place = torch.unique(
@@ -71,6 +75,7 @@ class Tables:
                 self._part(total),
             ]
             for i, count, total, _ in self._groups(place, len(pairs))
+            if not mistakes or int(pairs[i]) // classes != int(pairs[i]) % classes
         ]
         return _ordered(lines, ["target", "predicted", "count", "loss", "share"])
 
@@ -96,11 +101,11 @@ class Tables:
 
     def name(self, index: int) -> Any:
         """What a class is called; its number where nobody said."""
-        if index >= 0 and self.classes is not None:
+        if not 0 <= index < self.source.classes:  # ignored
+            return index
+        if self.classes is not None:
             return self.classes[index]
-        if index >= 0 and callable(self.tokens):
-            return self.tokens(index)
-        return index
+        return self.tokens(index) if callable(self.tokens) else index
 
     def token(self, place: int) -> str:
         """The text at a place of the flattened sequences: what is given, or the target."""
@@ -110,9 +115,9 @@ class Tables:
         return str(self.name(int(self.rows.target[place])))
 
     def best(self, place: int, k: int) -> list[tuple[int, float]]:
-        """The k most probable classes of a row, with their probabilities."""
+        """The k most probable classes of a row, with their probabilities; none of what is odd."""
         logits = self.source.rows(place, place + 1)[0].double().cpu()
-        lse = float(self.rows.lse[place])
+        lse = float(torch.logsumexp(logits, -1))
         if not math.isfinite(lse):
             return []
         best = logits.topk(min(k, len(logits)))
@@ -129,9 +134,13 @@ class Tables:
         ]
         return ", ".join(named[:_COMPETITORS])
 
+    @functools.cached_property
+    def sum(self) -> float:
+        """The sum of the losses."""
+        return self.rows.loss.double().sum().item()
+
     def _part(self, total: float) -> float:
-        whole = self.rows.loss.double().sum().item()
-        return total / whole if whole else 0.0
+        return total / self.sum if self.sum else 0.0
 
     def _groups(self, index: Tensor, count: int) -> list[tuple[int, int, float, float]]:
         """For each group that occurs among the counted rows: number, rows, loss, correct ones."""

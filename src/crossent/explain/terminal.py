@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .explanation import Explanation
 
+_CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
 _WIDE = 24  # characters of a bar
 FORMATS = {
     "loss": "{:.4f}",
@@ -35,8 +36,7 @@ def as_renderable(why: Explanation, top: int = 10) -> RenderableType:
         parts.append(_table("what the hardest rows make of the total", why.by_quantile(), "share"))
         classes = why.by_class()
         parts.append(_table(f"by class{_more(classes, top)}", classes.head(top), "share"))
-        pairs = why.by_pair()
-        wrong = pairs[pairs["target"] != pairs["predicted"]]
+        wrong = why.by_pair(mistakes=True)
         if len(wrong):
             title = f"by confusion{_more(wrong, top)}"
             parts.append(_table(title, wrong.head(top), "share"))
@@ -99,10 +99,10 @@ def _table(title: str, frame: pandas.DataFrame, bar: str | None) -> Table:
 
 
 def _cell(name: str, value: Any) -> Text:
-    """Text, never markup: names come from outside."""
+    """Text, never markup nor a command to the terminal: names come from outside."""
     if isinstance(value, float) and name in FORMATS:
         return Text(FORMATS[name].format(value))
-    return Text(str(value))
+    return Text(str(value).translate(_CONTROLS))
 
 
 def _suspects(why: Explanation) -> Table:

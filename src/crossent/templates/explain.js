@@ -34,7 +34,7 @@ function look(token) {
   const [loss, rank, best] = strips[strip.dataset.strip][place];
   const title = document.createElement("strong");
   title.textContent = token.textContent;
-  const text = loss === null ? " has no target" : ` ${loss.toFixed(3)} nats, p = ${Math.exp(-loss).toPrecision(3)}, rank ${rank}`;
+  const text = loss === null ? " has no target" : typeof loss === "string" ? ` costs ${loss}` : ` ${loss.toFixed(3)} nats, p = ${Math.exp(-loss).toPrecision(3)}, rank ${rank}`;
   const list = document.createElement("div");
   list.textContent = best.map(([name, p]) => `${name} ${(100 * p).toFixed(1)}%`).join("  ·  ");
   detail.replaceChildren(title, document.createTextNode(text), list);
