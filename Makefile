@@ -22,7 +22,8 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools wheel
-	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	$(INSTALL) --no-build-isolation --editable '.[dev,fastai-without-vision]'
+	$(INSTALL) --no-deps fastai
 	touch $@
 
 demo: setup
