@@ -52,6 +52,7 @@ def execute(path: Path) -> NotebookNode:
             kernel_name="python3",
             kernel_manager_class=ThisPython,
             record_timing=False,
+            coalesce_streams=True,  # how printing falls into pieces is a matter of time
             # Its one warning is that local sockets are not encrypted.
             extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": str(path.parent)}},

@@ -78,7 +78,7 @@ def test_attributes_are_the_losses(ours):
 def learner(fastai, loss, **more):
     data = load_wine(as_frame=True)
     frame = data.data.assign(kind=[data.target_names[i] for i in data.target])
-    fastai.set_seed(0, reproducible=True)
+    fastai.set_seed(0)
     loaders = fastai.TabularDataLoaders.from_df(
         frame,
         y_names="kind",
@@ -89,7 +89,7 @@ def learner(fastai, loss, **more):
         bs=32,
         num_workers=0,
     )
-    fastai.set_seed(0, reproducible=True)
+    fastai.set_seed(0)
     return fastai.tabular_learner(loaders, layers=[16], loss_func=loss, **more)
 
 
