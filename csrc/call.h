@@ -23,6 +23,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Fewer logits than this are not worth a second thread.
 constexpr int64_t kGrain = 16384;
+
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat32;
@@ -56,9 +57,17 @@ crossent::Tensor2 rows_of(const Tensor& t) {
   return {t.data_ptr(), dtype_of(t), t.stride(t.dim() - 1), layout_of(t, 1)};
 }
 
+// What a tensor of these numbers holds.
+template <class T>
+constexpr ScalarType kDtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+template <>
+constexpr ScalarType kDtype<int64_t> = ScalarType::Long;
+
 template <class T>
 crossent::Tensor1<const T> numbers_of(const MaybeTensor& t) {
   if (!t) return {};
+  STD_TORCH_CHECK(t->scalar_type() == kDtype<T>, "crossent: expected targets of int64, and factors of "
+                  "the dtype that is computed in");
   return {static_cast<const T*>(t->data_ptr()), layout_of(*t, 0)};
 }
 
@@ -85,10 +94,9 @@ crossent::Problem<T> problem_of(const Tensor& logits, const Tensor& target,
   if (target.dim() == logits.dim()) {
     p.probabilities = rows_of(target);
   } else {
-    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "crossent: expected int64 targets");
     p.index = numbers_of<int64_t>(target);
   }
-  if (weight) p.weight = static_cast<const T*>(weight->data_ptr());
+  if (weight) p.weight = numbers_of<T>(weight).data;
   p.sample_weight = numbers_of<T>(sample_weight);
   p.options = {n.ignore_index, n.label_smoothing, n.z_loss, n.softcap, n.logit_scale, n.stats};
   return p;
@@ -105,7 +113,8 @@ const crossent::Kernels& kernels() {
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
       return crossent::kAvx512;
-    if ((any || name == "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if ((any || name == "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
       return crossent::kAvx2;
     STD_TORCH_CHECK(any || name == "portable", "CROSSENT_ISA: expected portable, avx2 or avx512, and "
                     "a machine that has it, got ", name);

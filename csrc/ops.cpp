@@ -16,9 +16,6 @@ namespace {
 // From this size on, the pages of a fresh gradient cost more than the gradient: ask for large ones.
 constexpr int64_t kHugeBytes = 4 << 20;
 
-template <class T>
-constexpr ScalarType kDtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-
 void advise_huge_pages(const Tensor& t) {
 #ifdef __linux__
   const int64_t bytes = t.numel() * int64_t(t.element_size());

@@ -12,8 +12,7 @@ template <class T>
 Standing standing_of(const Tensor& logits, const crossent::Problem<T>& p) {
   const Tensor rank = torch::stable::new_empty(logits, {p.rows}, ScalarType::Long);
   const Tensor rival = torch::stable::new_empty(logits, {p.rows}, ScalarType::Long);
-  const Tensor best = torch::stable::new_empty(
-      logits, {p.rows}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
+  const Tensor best = torch::stable::new_empty(logits, {p.rows}, kDtype<T>);
   kernels();  // an error about them belongs to the caller's thread
   for_rows(p, [&](const auto& q, int64_t begin, int64_t end) {
     int64_t* ranks = static_cast<int64_t*>(rank.data_ptr());

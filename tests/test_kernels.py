@@ -155,6 +155,17 @@ def test_small_calls_are_as_careful_as_the_others():
             crossent.cross_entropy(x, t, **options)
 
 
+def test_kernels_take_no_numbers_of_another_dtype():
+    given = list(arguments("index", torch.float32, EVERYTHING, False))
+    saved = ops.forward(*given)[2]
+    rest = (*given[1:4], saved, *given[5:10])
+    with pytest.raises(RuntimeError, match="expected targets of int64"):
+        ops.backward(torch.ones(6, dtype=torch.float64), given[0], *rest)
+    for place, wrong in ((1, given[1].int()), (2, given[2].double()), (3, given[3].double())):
+        with pytest.raises(RuntimeError, match="factors of the dtype"):
+            ops.forward(*given[:place], wrong, *given[place + 1 :])
+
+
 def test_a_compiler_means_kernels():
     """This file runs only where there are kernels; where there is a compiler there must be some."""
     if shutil.which("g++"):

@@ -552,3 +552,21 @@ def test_plans_fit_the_budget(itemsize, convert):
     assert plan(10, 768, 50_000_000, 4).chunk_rows == 1  # one row is always taken
     with pytest.raises(ValueError, match="budget: expected a number of bytes above 0"):
         plan(10, 768, 1000, 4, budget=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_a_wider_loss_has_the_same_gradients(kind, reduction, backend):
+    """float32 features under a float64 loss, by its dtype or by that of its targets."""
+    x, w = torch.randn(20, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    t = torch.arange(20) % 9
+    given = F.one_hot(t, 9).double() if kind == "probability" else t
+    wide = {} if kind == "probability" else {"return_dtype": torch.float64}
+    loss = crossent.linear_cross_entropy(
+        x, w, given, reduction=reduction, chunk_rows=7, backend=backend, **wide
+    )
+    assert loss.dtype == torch.float64
+    truth = F.cross_entropy(F.linear(x, w), t, reduction=reduction)
+    found = torch.autograd.grad(loss.sum(), (x, w))
+    for mine, its in zip(found, torch.autograd.grad(truth.sum(), (x, w)), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)

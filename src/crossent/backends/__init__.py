@@ -83,6 +83,8 @@ def rows_and_gradient(problem: Problem, upstream: Tensor | None) -> tuple[Rows, 
 
     That gradient may take the memory of the logits, which are lost.
     """
+    if upstream is not None:
+        upstream = upstream.to(problem.logits.dtype)
     if choose(problem).name == "cpu":
         rows = cpu.rows_in_place(problem, upstream)
         return rows, None if upstream is None else problem.logits.rows
