@@ -47,6 +47,7 @@ bench: setup
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/explain.py
+	$(BIN)/python benchmarks/kernels.py
 
 docs: setup
 	$(BIN)/python scripts/numerics.py

@@ -11,17 +11,8 @@
 #define CROSSENT_F16C
 #define CROSSENT_ISA avx512
 #define CROSSENT_VECTOR_BYTES 64
-#include "lanes.h"
-#include "standing.h"
+#include "isa.h"
 
-namespace crossent {
-const Kernels kAvx512 = {"avx512",
-                       CROSSENT_ISA::forward_rows<float>,
-                       CROSSENT_ISA::forward_rows<double>,
-                       CROSSENT_ISA::backward_rows<float>,
-                       CROSSENT_ISA::backward_rows<double>,
-                       CROSSENT_ISA::standing_rows<float>,
-                       CROSSENT_ISA::standing_rows<double>};
-}
+const crossent::Kernels crossent::kAvx512 = crossent::CROSSENT_ISA::kernels_called("avx512");
 
 #endif

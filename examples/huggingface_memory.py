@@ -7,38 +7,30 @@ from __future__ import annotations
 
 import statistics
 import time
-from pathlib import Path
 
 import click
 import torch
+from peak_memory import clear_peak, peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from crossent.integrations import huggingface
 
-STATUS = Path("/proc/self/status")
-
-
-def kib(field: str) -> int:
-    """A number of the process, as Linux keeps it."""
-    return int(STATUS.read_text().split(field + ":")[1].split()[0])
-
 
 def step(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[float, float, float]:
     """Loss, MiB that the step adds at its peak, seconds."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before, started = kib("VmRSS"), time.perf_counter()
+    before, started = clear_peak(), time.perf_counter()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     seconds = time.perf_counter() - started
-    return loss.item(), (kib("VmHWM") - before) / 1024, seconds
+    return loss.item(), peak() - before, seconds
 
 
 def measure(name: str, model: LlamaForCausalLM, ids: torch.Tensor, steps: int) -> None:
     """Print what a step costs; gradients are there already, as from the second step on."""
     step(model, ids)
     found = [step(model, ids) for _ in range(steps)]
-    loss, peak, seconds = (statistics.median(values) for values in zip(*found, strict=True))
-    click.echo(f"{name:8} loss {loss:.6f}  peak +{peak:.0f} MiB  {seconds:.2f} s")
+    loss, added, seconds = (statistics.median(values) for values in zip(*found, strict=True))
+    click.echo(f"{name:8} loss {loss:.6f}  peak +{added:.0f} MiB  {seconds:.2f} s")
 
 
 @click.command()

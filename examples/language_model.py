@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-import psutil
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from peak_memory import clear_peak, peak
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -183,18 +183,6 @@ def perplexity(model: Model, held: Tensor, scale: Scale) -> float:
         )
         total, count = total + loss.item(), count + target.numel()
     return math.exp(total / count)
-
-
-def clear_peak() -> float:
-    """Let the peak of resident memory begin here; returns MiB in use (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return psutil.Process().memory_info().rss / 2**20
-
-
-def peak() -> float:
-    """MiB at the peak since then."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def sparse_table(features: Tensor, weight: Tensor, target: Tensor) -> Table:

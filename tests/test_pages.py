@@ -14,10 +14,6 @@ import crossent
 from crossent.cli import main
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="NO BROWSER: chromium and chromedriver are not installed, pages are NOT tested",
-)
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
     "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
@@ -27,6 +23,8 @@ EVIL = "<script>window.hacked = 1</script>"
 
 @pytest.fixture(scope="module")
 def browser():
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("NO BROWSER: chromium and chromedriver are missing, pages are NOT tested")
     from selenium import webdriver
     from selenium.webdriver.chrome.options import Options
     from selenium.webdriver.chrome.service import Service
@@ -236,8 +234,8 @@ def test_the_playground_has_pythons_numbers(playground, logits, target, temperat
     set_to(playground, "#temperature", temperature)
     set_to(playground, "#smoothing", smoothing)
     loss, lse, softmax, gradient, jacobian = expected(logits, target, temperature, smoothing)
-    assert playground.value("#loss") == pytest.approx(loss.item(), rel=1e-12)
-    assert playground.value("#lse") == pytest.approx(lse.item(), rel=1e-12)
+    assert playground.value("#loss") == pytest.approx(loss.item(), rel=1e-12, abs=0)
+    assert playground.value("#lse") == pytest.approx(lse.item(), rel=1e-12, abs=0)
     for number, values in ((5, softmax), (8, gradient)):
         shown = [float(v) for v in playground.column("classes", number)]
         assert shown == pytest.approx(values.tolist(), rel=1e-9, abs=1e-15)
@@ -251,13 +249,13 @@ def test_the_playground_has_pythons_numbers(playground, logits, target, temperat
 def test_the_playground_breaks_and_mends(playground):
     playground.one("#overflow").click()
     assert playground.one("#naive").text == "NaN"
-    assert playground.value("#loss") == pytest.approx(3 * 3.720075976020836e-44, rel=1e-12)
+    assert playground.value("#loss") == pytest.approx(3 * 3.720075976020836e-44, rel=1e-12, abs=0)
     playground.one("#reset").click()
     before = playground.value("#loss")
     playground.one("#gap").click()
     assert playground.value("#naive") == 0
     truth = F.cross_entropy(torch.tensor([[20.0, 0, 0, 0]]).double(), torch.tensor([0]))
-    assert playground.value("#loss") == pytest.approx(truth.item(), rel=1e-9)
+    assert playground.value("#loss") == pytest.approx(truth.item(), rel=1e-7, abs=0)
     playground.one("#double").click()
     assert "0.744 nats" in playground.one("#story").text
     assert playground.value("#loss") == pytest.approx(0.743668, abs=1e-5)

@@ -7,30 +7,27 @@ reduce(...)                  none, sum, mean
 
 from __future__ import annotations
 
-import inspect
+import functools
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from . import backends
 from .backends import Choice
 from .options import Backend, Empty, Options, Reduction
-from .problem import pose, pose_logits, pose_selection
+from .overrides import ask
+from .problem import Problem, pose, pose_logits, pose_selection
 from .readable import readable
 from .reduction import reduce, settle
 from .rows import Stats
 from .warn import warn_if_probabilities
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from typing_extensions import Unpack
 
     from .options import LossArguments
-
-_PLAIN = list(Options()[2:-1])
 
 
 @overload
@@ -159,36 +156,20 @@ def cross_entropy(
     )
     tensors = (input, target, weight, sample_weight)
     if has_torch_function_variadic(*tensors):
-        return _ask_loss_override(tensors, denominator, options)
-    if weight is sample_weight is denominator is None and _is_plain(options):
+        keywords = dict(options._asdict(), sample_weight=sample_weight, denominator=denominator)
+        return cast("Tensor", ask(cross_entropy, tensors, tensors[:3], keywords))
+    if weight is sample_weight is denominator is None and options.plain:
+        by_reference = functools.partial(
+            cross_entropy, ignore_index=ignore_index, reduction=reduction, backend="reference"
+        )
         small = backends.small.reduced(
-            input,
-            target,
-            ignore_index,
-            reduction == "mean",
-            lambda z, t: _plainly(z, t, options),
+            input, target, ignore_index, reduction == "mean", by_reference
         )
         if small is not None:
             return small
     problem = pose(input, target, weight, sample_weight, denominator, options)
     warn_if_probabilities(problem.logits.rows)
-    if _settles(denominator, options):
-        total = backends.total(
-            problem, lambda loss, mass: settle(loss, mass, reduction, denominator, empty)
-        )
-        if total is not None:
-            return total
-    rows = backends.rows(problem)
-    loss = reduce(rows.loss, rows.mass, reduction, denominator, empty).to(
-        problem.logits.result_dtype
-    )
-    if loss.dim():  # reduction "none": one loss for each position again
-        loss = _lengthen(loss, problem.cut, 0.0)
-    if rows.stats is None:
-        return loss
-    blank = (0, 0, 0, -1, False, False)
-    stats = (_lengthen(s, problem.cut, b) for s, b in zip(rows.stats, blank, strict=True))
-    return loss, Stats(*stats)
+    return _scored(problem, denominator)
 
 
 def log_prob(
@@ -238,7 +219,7 @@ def log_prob(
         backend=backend,
     )
     if has_torch_function_variadic(input, index):
-        return _ask_override(log_prob, (input, index), options)
+        return cast("Tensor", ask(log_prob, (input, index), (input, index), options._asdict()))
     selection = pose_selection(input, index, options)
     values = backends.log_prob(selection).to(selection.logits.result_dtype)
     return values.squeeze(-1) if selection.single else values.movedim(-1, dim)
@@ -285,7 +266,7 @@ def entropy(
         backend=backend,
     )
     if has_torch_function_variadic(input):
-        return _ask_override(entropy, (input,), options)
+        return cast("Tensor", ask(entropy, (input,), (input,), options._asdict()))
     logits = pose_logits(input, options)
     return backends.entropy(logits).to(logits.result_dtype)
 
@@ -319,51 +300,27 @@ def backend_for(
     return backends.choose(pose(input, target, weight, sample_weight, denominator, options))
 
 
-def _ask_override(
-    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], options: Options
-) -> Tensor:
-    """Let a tensor subclass see the public call, as torch's own functions do."""
-    accepted = inspect.signature(function).parameters
-    keywords = {k: v for k, v in options._asdict().items() if k in accepted}
-    return handle_torch_function(function, tensors, *tensors, **keywords)
-
-
-def _ask_loss_override(
-    tensors: tuple[Tensor | None, ...], denominator: float | Tensor | None, options: Options
-) -> Tensor | tuple[Tensor, Stats]:
-    input, target, weight, sample_weight = tensors
-    keywords = dict(options._asdict(), sample_weight=sample_weight, denominator=denominator)
-    function: Callable[..., Any] = _flat_cross_entropy if options.return_stats else cross_entropy
-    result: Any = handle_torch_function(function, tensors, input, target, weight, **keywords)
-    return (result[0], Stats(*result[1:])) if options.return_stats else result
-
-
-def _flat_cross_entropy(*tensors: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
-    """Loss and stats as one plain tuple: subclasses rebuild tuples from an iterable."""
-    loss, stats = cross_entropy(*tensors, **keywords)
-    return (loss, *stats)
-
-
-def _is_plain(options: Options) -> bool:
-    """Whether nothing is asked for but the mean or sum that torch would give."""
-    index, reduction, *others, backend = options
-    if options.label_smoothing is False or options.z_loss is False or options.shift is False:
-        return False  # equal to 0, but no number
-    return (
-        type(index) is int
-        and reduction in ("mean", "sum")
-        and type(options.logit_scale) is float
-        and others == _PLAIN
-        and backend in ("auto", "cpu")
+def _scored(problem: Problem, denominator: float | Tensor | None) -> Tensor | tuple[Tensor, Stats]:
+    """The loss of a problem; ``(loss, Stats)`` where they are asked for."""
+    options = problem.options
+    reduction, empty = options.reduction, options.empty
+    if _settles(denominator, options):
+        total = backends.total(
+            problem, lambda loss, mass: settle(loss, mass, reduction, denominator, empty)
+        )
+        if total is not None:
+            return total
+    rows = backends.rows(problem)
+    loss = reduce(rows.loss, rows.mass, reduction, denominator, empty).to(
+        problem.logits.result_dtype
     )
-
-
-def _plainly(input: Tensor, target: Tensor, options: Options) -> Tensor:
-    """The same loss by the reference, to be differentiated."""
-    index, reduction = options.ignore_index, cast("Reduction", options.reduction)
-    return cross_entropy(
-        input, target, ignore_index=index, reduction=reduction, backend="reference"
-    )
+    if loss.dim():  # reduction "none": one loss for each position again
+        loss = _lengthen(loss, problem.cut, 0.0)
+    if rows.stats is None:
+        return loss
+    blank = (0, 0, 0, -1, False, False)
+    stats = (_lengthen(s, problem.cut, b) for s, b in zip(rows.stats, blank, strict=True))
+    return loss, Stats(*stats)
 
 
 def _settles(denominator: float | Tensor | None, options: Options) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .functional import cross_entropy, entropy, log_prob
 from .linear import linear_cross_entropy
 from .linear_rows import linear_entropy, linear_log_prob
+from .patching import cross_entropy as torchs_cross_entropy
 
 
 class Recipe(NamedTuple):
@@ -167,55 +168,44 @@ def _reshape(lazy: LazyLogits, *shape: Any) -> Any:
     return _with(lazy, features=features.reshape(*sizes[:-1], features.shape[-1]))
 
 
-def _torch_loss(
-    lazy: LazyLogits,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    if size_average is not None or reduce is not None:
-        return NotImplemented
-    given = {"ignore_index": ignore_index, "reduction": reduction}
-    return _loss(lazy, target, weight, label_smoothing=label_smoothing, **given)
-
-
 def _loss(lazy: LazyLogits, target: Tensor, weight: Tensor | None = None, **options: Any) -> Any:
-    """Ours, from features and weight, where the classes are on the last axis."""
-    if isinstance(target, LazyLogits) or not _classes_last(lazy, options.pop("dim", None)):
+    if isinstance(target, LazyLogits):
         return NotImplemented
-    recipe = lazy.recipe.options()
-    recipe["logit_scale"] = recipe["logit_scale"] * options.pop("logit_scale", 1.0)
-    if recipe["softcap"] is not None and options.get("softcap") is not None:
-        return NotImplemented
-    options.pop("reuse_input", None)
-    recipe.update({k: v for k, v in options.items() if v is not None or k not in recipe})
-    features, matrix = lazy.recipe.features, lazy.recipe.weight
-    return linear_cross_entropy(features, matrix, target, weight=weight, **recipe)
+    options.pop("reuse_input", None)  # there is nothing to write into
+    return _from_features(linear_cross_entropy, lazy, target, weight=weight, **options)
 
 
-def _log_prob(lazy: LazyLogits, index: Tensor, *, dim: int = -1, **options: Any) -> Any:
-    return _selected(linear_log_prob, lazy, dim, options, index)
+def _log_prob(lazy: LazyLogits, index: Tensor, **options: Any) -> Any:
+    return _from_features(linear_log_prob, lazy, index, **options)
 
 
-def _entropy(lazy: LazyLogits, *, dim: int = -1, **options: Any) -> Any:
-    return _selected(linear_entropy, lazy, dim, options)
+def _entropy(lazy: LazyLogits, **options: Any) -> Any:
+    return _from_features(linear_entropy, lazy, **options)
 
 
-def _selected(
-    function: Callable[..., Any], lazy: LazyLogits, dim: int, options: dict[str, Any], *more: Any
+def _from_features(
+    function: Callable[..., Any],
+    lazy: LazyLogits,
+    *more: Tensor,
+    dim: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    return_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Any:
+    """A fused function of features and weight, where the classes are on the last axis."""
+    if lazy.recipe.cap is not None:  # what comes after the cap scales it
+        lazy = _scale(lazy, logit_scale)
+        if lazy is NotImplemented or softcap is not None:
+            return NotImplemented
+        logit_scale = 1.0
     if not _classes_last(lazy, dim):
         return NotImplemented
     recipe = lazy.recipe.options()
-    if recipe["softcap"] is not None and options.get("softcap") is not None:
-        return NotImplemented
-    recipe["logit_scale"] = recipe["logit_scale"] * options.pop("logit_scale", 1.0)
-    recipe.update({k: v for k, v in options.items() if v is not None or k not in recipe})
-    return function(lazy.recipe.features, lazy.recipe.weight, *more, **recipe)
+    recipe["logit_scale"] = recipe["logit_scale"] * logit_scale
+    recipe["softcap"] = softcap or recipe["softcap"]
+    recipe["return_dtype"] = return_dtype or recipe["return_dtype"]
+    return function(lazy.recipe.features, lazy.recipe.weight, *more, **recipe, **options)
 
 
 def _classes_last(lazy: LazyLogits, dim: int | None) -> bool:
@@ -245,7 +235,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     _getter("requires_grad"): lambda lazy: any(
         t is not None and t.requires_grad for t in lazy.recipe[:3]
     ),
-    F.cross_entropy: _torch_loss,
+    F.cross_entropy: torchs_cross_entropy,  # which asks ours
     cross_entropy: _loss,
     log_prob: _log_prob,
     entropy: _entropy,

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .chunks import Plan
 from .derivatives import needs_autograd, needs_logits
 from .functional import cross_entropy
 from .head import Head, check_head, flatten, shape_of_logits
 from .options import Backend, Empty, GradientMode, Options, Reduction, check_scalar
+from .overrides import ask
 from .problem import Problem, pose
 from .reduction import reduce
 from .rows import Stats
@@ -134,12 +135,10 @@ def linear_cross_entropy(
         chunk_rows = options.batch_chunk_size
     tensors = (input, linear_weight, target, linear_bias, weight, sample_weight)
     if has_torch_function_variadic(*tensors):
-        more = {
-            "chunk_rows": chunk_rows,
-            "gradient_tolerance": gradient_tolerance,
-            "gradient_mode": gradient_mode,
-        }
-        return _ask_override(tensors, denominator, chosen, more)
+        keywords = _keywords(chosen, sample_weight, denominator)
+        keywords.update(linear_bias=linear_bias, weight=weight, chunk_rows=chunk_rows)
+        keywords.update(gradient_tolerance=gradient_tolerance, gradient_mode=gradient_mode)
+        return ask(linear_cross_entropy, tensors, tensors[:3], keywords)
     check_head(input, linear_weight, linear_bias)
     _check_thinning(gradient_tolerance, gradient_mode)
     if linear_weight.dim() > 2:
@@ -147,23 +146,15 @@ def linear_cross_entropy(
     logits = shape_of_logits(input, linear_weight)
     problem = pose(logits, target, weight, sample_weight, denominator, chosen)
     head = Head(flatten(input), linear_weight, linear_bias)
-    uniform = reduction != "none" or denominator is not None
     compiling = torch.compiler.is_compiling() and not return_stats and not needs_autograd(problem)
     if compiling and not problem.cut:
-        loss, mass = _compiled_rows(head, problem.flat(), plan_for(head, chunk_rows), uniform)
-        return _reduced(loss, mass, problem, denominator)
+        return _compiled(head, problem, plan_for(head, chunk_rows), denominator)
     if problem.cut or needs_logits(problem, input, linear_weight, linear_bias):
         keywords = _keywords(chosen, sample_weight, denominator)
         keywords.update(return_dtype=problem.logits.result_dtype)
         return cross_entropy(head.logits().reshape(logits.shape), target, weight, **keywords)
-
-    problem, chunks = problem.verified(), plan_for(head, chunk_rows)
     thinning = _thinning(gradient_tolerance, gradient_mode)
-    function = LossRows(problem.flat(), thinning, neighbours=linear_weight.stride(-1) == 1)
-    loss, mass, *stats = sweep_rows(head, function, chunks, uniform)
-    loss = _reduced(loss, mass, problem, denominator)
-    shape = logits.shape[:-1]
-    return (loss, Stats(*(s.reshape(shape) for s in stats))) if return_stats else loss
+    return _swept(head, problem.verified(), plan_for(head, chunk_rows), thinning, denominator)
 
 
 def _check_thinning(tolerance: float, mode: str) -> None:
@@ -181,17 +172,37 @@ def _thinning(tolerance: float, mode: str) -> Thinning | None:
     return Thinning(float(tolerance), unbiased, seed)
 
 
-def _compiled_rows(
-    head: Head, problem: Problem, chunks: Plan, uniform: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses and masses of rows, by an operator that torch.compile can hold."""
-    needs = [
-        uniform and torch.is_grad_enabled() and t is not None and t.requires_grad for t in head
-    ]
-    factors = (problem.target, problem.weight, problem.sample_weight)
-    given = settings(problem, chunks)
-    loss, mass, *_ = torch.ops.crossent.sweep(*head, *factors, *given, needs)
-    return loss, mass
+def _swept(
+    head: Head,
+    problem: Problem,
+    chunks: Plan,
+    thinning: Thinning | None,
+    denominator: float | Tensor | None,
+) -> Any:
+    """The loss, from logits in chunks; ``(loss, Stats)`` where they are asked for."""
+    neighbours = head.weight.stride(-1) == 1
+    function = LossRows(problem.flat(), thinning, neighbours=neighbours)
+    loss, mass, *stats = sweep_rows(head, function, chunks, _uniform(problem, denominator))
+    loss = _reduced(loss, mass, problem, denominator)
+    shape = problem.logits.rows.shape[:-1]
+    return (loss, Stats(*(s.reshape(shape) for s in stats))) if stats else loss
+
+
+def _compiled(
+    head: Head, problem: Problem, chunks: Plan, denominator: float | Tensor | None
+) -> Tensor:
+    """The loss, by an operator that torch.compile can hold."""
+    made = _uniform(problem, denominator) and torch.is_grad_enabled()
+    needs = [made and t is not None and t.requires_grad for t in head]
+    flat = problem.flat()
+    factors = (flat.target, flat.weight, flat.sample_weight)
+    loss, mass, *_ = torch.ops.crossent.sweep(*head, *factors, *settings(flat, chunks), needs)
+    return _reduced(loss, mass, problem, denominator)
+
+
+def _uniform(problem: Problem, denominator: float | Tensor | None) -> bool:
+    """Whether each row's loss has the same upstream gradient: they are summed, and no more."""
+    return problem.options.reduction != "none" or denominator is not None
 
 
 def _reduced(
@@ -223,27 +234,3 @@ def _keywords(
 ) -> dict[str, Any]:
     """Options as the keywords of cross_entropy."""
     return dict(options._asdict(), sample_weight=sample_weight, denominator=denominator)
-
-
-def _ask_override(
-    tensors: tuple[Any, ...],
-    denominator: float | Tensor | None,
-    options: Options,
-    more: dict[str, Any],
-) -> Any:
-    """Let a tensor subclass see the public call, as torch's own functions do."""
-    input, weight, target, bias, class_weight, sample_weight = tensors
-    keywords = _keywords(options, sample_weight, denominator)
-    for name in ("dim", "reuse_input"):
-        del keywords[name]
-    keywords.update(more, linear_bias=bias, weight=class_weight)
-    stats = options.return_stats
-    function: Any = _flat_linear_cross_entropy if stats else linear_cross_entropy
-    result: Any = handle_torch_function(function, tensors, input, weight, target, **keywords)
-    return (result[0], Stats(*result[1:])) if stats else result
-
-
-def _flat_linear_cross_entropy(*tensors: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
-    """Loss and stats as one plain tuple: subclasses rebuild tuples from an iterable."""
-    loss, stats = linear_cross_entropy(*tensors, **keywords)
-    return (loss, *stats)

@@ -35,6 +35,20 @@ class Options(NamedTuple):
     reuse_input: bool = False
     backend: str = "auto"
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is asked for but the mean or sum that torch would give."""
+        ignore_index, reduction, *others, backend = self
+        if self.label_smoothing is False or self.z_loss is False or self.shift is False:
+            return False  # equal to 0, but no number
+        return (
+            type(ignore_index) is int
+            and reduction in ("mean", "sum")
+            and type(self.logit_scale) is float
+            and others == _PLAIN
+            and backend in ("auto", "cpu")
+        )
+
     def checked(self) -> Options:
         """These options, once each of them is known to make sense."""
         _check_choice("reduction", self.reduction, REDUCTIONS)
@@ -58,6 +72,9 @@ class Options(NamedTuple):
                 f"return_dtype: expected a floating-point dtype, got {self.return_dtype}"
             )
         return self
+
+
+_PLAIN = list(Options()[2:-1])
 
 
 class LossArguments(TypedDict, total=False):

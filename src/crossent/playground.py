@@ -27,7 +27,7 @@ class Playground:
         """One page that needs nothing but itself; also written to ``path`` if that is given."""
         start = {"logits": self.logits, "target": self.target, "classes": self.classes}
         limits = {"least": _LEAST, "most": _MOST}
-        text = page("playground", title="From logits to gradient", start={**start, **limits})
+        text = page("playground", title="From logits to gradient", data={**start, **limits})
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

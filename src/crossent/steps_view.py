@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from .pages import fragment
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,15 +54,10 @@ def as_text(steps: Steps) -> str:
 
 def as_html(steps: Steps) -> str:
     """The table as HTML, escaped by the template library."""
-    from jinja2 import Environment
-
-    source = (files(__package__) / "templates" / "steps.html").read_text(encoding="utf-8")
     shown = min(len(steps.target), _WIDEST)
     rows = [{"name": s.name, "formula": s.formula, "cells": _cells(s.value, shown)} for s in steps]
-    template = Environment(autoescape=True).from_string(source)
-    return template.render(
-        rows=rows, targets=steps.target[:shown].tolist(), hidden=len(steps.target) - shown
-    )
+    targets, hidden = steps.target[:shown].tolist(), len(steps.target) - shown
+    return fragment("steps.html", rows=rows, targets=targets, hidden=hidden)
 
 
 def _cells(value: Tensor, shown: int) -> list[str]:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ..functional import cross_entropy
+from .calibration import calibration_error, mending_temperature
 from .measure import Rows, Source
 
 _LOOKED_AT = 256  # rows whose logits are read again, evenly spread
-_FITTED = 8192  # rows that a temperature is fitted on
-_SAMPLE = 8 * 2**20  # bytes of logits that are read again
 _SHOWN = 8  # classes named in a line of evidence
 
 
@@ -121,7 +120,7 @@ def _shifted(rows: Rows, source: Source) -> Iterator[Suspect]:
     """Sequences whose logits fit the target of the next or the previous position."""
     if len(source.shape) < 2 or source.shape[1] < 4:
         return
-    most = max(4, min(_LOOKED_AT, _SAMPLE // (4 * source.classes)))  # positions
+    most = max(4, source.within_budget(_LOOKED_AT))  # positions
     length = min(source.shape[1], most)
     sequences = min(source.shape[0], max(1, most // length))
     places = (torch.arange(sequences)[:, None] * source.shape[1] + torch.arange(length)).flatten()
@@ -211,7 +210,7 @@ def _wrong_labels(rows: Rows, source: Source) -> Iterator[Suspect]:
 
 
 def _overconfident(rows: Rows, source: Source) -> Iterator[Suspect]:
-    """A temperature that would lower the loss, fitted on a sample."""
+    """A temperature that would lower the loss."""
     counted = rows.counted & rows.loss.isfinite()
     if source.classes < 2 or int(counted.sum()) < 50:
         return
@@ -220,10 +219,7 @@ def _overconfident(rows: Rows, source: Source) -> Iterator[Suspect]:
     accuracy = rows.correct[counted].double().mean().item()
     if error < 0.05 or confidence < accuracy:
         return
-    logits, target = _sample(source, counted)
-    before = _scaled_loss(logits, target, 0.0)
-    best = _golden(lambda log: _scaled_loss(logits, target, log), -1.0, 3.0)
-    after, temperature = _scaled_loss(logits, target, best), math.exp(best)
+    temperature, before, after = mending_temperature(rows, source)
     if temperature > 1.1 and after < 0.98 * before:
         yield Suspect(
             "overconfident",
@@ -270,70 +266,10 @@ def _ignored(rows: Rows, source: Source) -> Iterator[Suspect]:
         )
 
 
-def calibration_error(rows: Rows, bins: int = 15) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy over equal bins."""
-    curve = reliability(rows, bins)
-    if not curve:
-        return math.nan
-    return sum(share * abs(accuracy - confidence) for _, share, confidence, accuracy in curve)
-
-
-def reliability(rows: Rows, bins: int = 15) -> list[tuple[float, float, float, float]]:
-    """For each bin that is not empty: its lower edge, share of rows, confidence, accuracy."""
-    counted = rows.counted & rows.loss.isfinite()
-    confidence, correct = rows.confidence[counted].double(), rows.correct[counted].double()
-    place = (confidence * bins).long().clamp(0, bins - 1)
-    lines = []
-    for b in range(bins):
-        inside = place == b
-        if inside.any():
-            lines.append(
-                (
-                    b / bins,
-                    inside.double().mean().item(),
-                    confidence[inside].mean().item(),
-                    correct[inside].mean().item(),
-                )
-            )
-    return lines
-
-
 def _spread(source: Source) -> Tensor:
     """Some rows, evenly spread."""
-    return source.some(_evenly(torch.arange(source.total), source, _LOOKED_AT)).float().cpu()
-
-
-def _sample(source: Source, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Counted rows for fitting, evenly spread."""
-    places = _evenly(counted.nonzero().squeeze(-1), source, _FITTED)
-    return source.some(places).float().cpu(), source.target.flatten().cpu()[places]
-
-
-def _evenly(places: Tensor, source: Source, most: int) -> Tensor:
-    """At most so many of these rows, and no more than a budget of memory holds."""
-    most = max(16, min(most, _SAMPLE // (4 * source.classes)))
-    return places[:: max(1, -(-len(places) // most))]
-
-
-def _scaled_loss(logits: Tensor, target: Tensor, log_temperature: float) -> float:
-    return cross_entropy(logits, target, logit_scale=math.exp(-log_temperature)).item()
-
-
-def _golden(function: object, low: float, high: float) -> float:
-    """Where a function with one valley is lowest, by golden sections."""
-    ratio = (math.sqrt(5) - 1) / 2
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    fa, fb = function(a), function(b)  # type: ignore[operator]
-    for _ in range(24):
-        if fa < fb:
-            high, b, fb = b, a, fa
-            a = high - ratio * (high - low)
-            fa = function(a)  # type: ignore[operator]
-        else:
-            low, a, fa = a, b, fb
-            b = low + ratio * (high - low)
-            fb = function(b)  # type: ignore[operator]
-    return (low + high) / 2
+    places = source.evenly(torch.arange(source.total), _LOOKED_AT)
+    return source.some(places).float().cpu()
 
 
 def _places(mask: Tensor) -> list[int]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .diagnose import Suspect, calibration_error, reliability
+from .calibration import calibration_error, reliability
+from .diagnose import Suspect
 from .measure import Rows, Source
 from .tables import Tables, Tokens
 

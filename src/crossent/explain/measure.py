@@ -12,6 +12,7 @@ from .. import backends
 from ..functional import cross_entropy
 from ..targets import check_range
 
+_AGAIN = 8 * 2**20  # bytes of logits, as float32, that are read again at once
 _BLOCK = 8 * 2**20  # bytes of logits looked at together: they stay in a CPU's cache
 
 
@@ -72,6 +73,15 @@ class Source(NamedTuple):
         if isinstance(self.logits, Tensor):
             return self.logits.detach()[tuple(i.to(self.logits.device) for i in index)]
         return _from_array(self.logits[tuple(i.numpy() for i in index)])
+
+    def evenly(self, places: Tensor, most: int) -> Tensor:
+        """Some of these rows, evenly spread; no more than may be read again at once."""
+        most = max(16, self.within_budget(most))
+        return places[:: max(1, -(-len(places) // most))]
+
+    def within_budget(self, most: int) -> int:
+        """At most so many rows, and no more than may be read again at once."""
+        return min(most, _AGAIN // (4 * self.classes))
 
     def blocks(self) -> list[tuple[int, int]]:
         """Runs of rows that are looked at together."""

@@ -11,7 +11,7 @@ In evaluation and generation, and for whoever looks at them, they are what they 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,24 +22,6 @@ from ..lazy import LazyLinear
 from ..patching import patch as patched_loss
 
 _LOSS = "_loss_function"  # where transformers keeps a loss that was set
-
-
-class Patch:
-    """A model whose loss is ours; as a context manager it undoes itself at the end."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> nn.Module:
-        return self.model
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        unpatch(self.model)
 
 
 class _Loss:
@@ -55,7 +37,7 @@ class _Loss:
             return self.original(*args, **kwargs)
 
 
-def patch(model: nn.Module) -> Patch:
+def patch(model: nn.Module) -> ExitStack:
     """Train a transformers model through crossent: same loss and gradients, no (N, V) logits.
 
     Language models (causal and masked) take the fused head where the output head is a linear layer;
@@ -96,7 +78,9 @@ def patch(model: nn.Module) -> Patch:
     inner.loss_function = loss
     if head is not None:
         _become(head, LazyLinear)
-    return Patch(model)
+    undo = ExitStack()
+    undo.callback(unpatch, model)
+    return undo
 
 
 def unpatch(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .. import backends
+from ..explain.calibration import Bins, binned
 from ..functional import cross_entropy
 from ..options import Options
 from ..problem import pose
@@ -87,7 +88,7 @@ class CalibrationError(Metric):
     """
 
     is_differentiable, higher_is_better, full_state_update = False, False, False
-    count: Tensor
+    size: Tensor
     confidence: Tensor
     correct: Tensor
 
@@ -98,7 +99,7 @@ class CalibrationError(Metric):
         if bins < 1:
             raise ValueError(f"bins: expected at least 1, got {bins}")
         self.bins, self.dim, self.ignore_index = bins, dim, ignore_index
-        for name in ("count", "confidence", "correct"):
+        for name in ("size", "confidence", "correct"):
             self.add_state(name, torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
@@ -108,12 +109,11 @@ class CalibrationError(Metric):
             logits, target, dim=self.dim, ignore_index=self.ignore_index, return_stats=True
         )
         top = logits.amax(self.dim).to(stats.lse.dtype)
-        confidence = (top - stats.lse).exp().double()[stats.counted]
-        place = (confidence * self.bins).long().clamp(max=self.bins - 1)
-        self.count += torch.bincount(place, minlength=self.bins)
-        self.confidence += torch.bincount(place, confidence, self.bins)
-        self.correct += torch.bincount(place, stats.correct[stats.counted].double(), self.bins)
+        confidence = (top - stats.lse).exp()[stats.counted]
+        correct = stats.correct[stats.counted]
+        for name, sums in binned(confidence, correct, self.bins)._asdict().items():
+            setattr(self, name, getattr(self, name) + sums)
 
     def compute(self) -> Tensor:
         """The error; nan where nothing counts."""
-        return (self.confidence - self.correct).abs().sum() / self.count.sum()
+        return Bins(self.size, self.confidence, self.correct).error()

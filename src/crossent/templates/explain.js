@@ -26,7 +26,7 @@ filter?.addEventListener("input", () => {
     row.hidden = !row.textContent.toLowerCase().includes(words);
 });
 
-const strips = JSON.parse(document.getElementById("strips").textContent);
+const strips = JSON.parse(document.getElementById("data").textContent);
 const detail = document.getElementById("detail");
 function look(token) {
   const strip = token.parentElement;

@@ -1,6 +1,6 @@
 "use strict";
 // From logits to gradient: the numbers of crossent.cross_entropy, in double precision.
-const start = JSON.parse(document.getElementById("start").textContent);
+const start = JSON.parse(document.getElementById("data").textContent);
 const state = { logits: [...start.logits], target: start.target, temperature: 1, smoothing: 0 };
 const names = [...start.classes];
 const byId = (id) => document.getElementById(id);
