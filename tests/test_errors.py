@@ -13,7 +13,11 @@ T = torch.tensor([0, 1, 4])
 P = torch.softmax(torch.randn(3, 5), 1)
 
 BAD = {
-    "no tensor": (dict(input=[[1.0]]), TypeError, "input: expected a tensor of logits, got list"),
+    "no tensor": (
+        dict(input=[[1.0]]),
+        TypeError,
+        "input: expected a tensor, got list; .*as_tensor",
+    ),
     "integer logits": (dict(input=X.long()), TypeError, r"input: .*int64.*input.float\(\)"),
     "complex logits": (dict(input=X.to(torch.complex64)), TypeError, "input: .*complex64"),
     "0-d logits": (dict(input=X[0, 0], target=T[0]), ValueError, "input: .*class axis"),

@@ -12,6 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
 
 import crossent
+from conftest import serving
 from crossent.chunks import BUDGET, plan
 
 V, D = 23, 7
@@ -364,13 +365,13 @@ def test_compiled_head_names_a_wrong_target():
 def test_opcheck_of_the_sweep():
     x, w, b, t = problem((6,), torch.float32)
     s = torch.rand(6)
-    given = (4, V, torch.float32, -100, 0.1, 0.0, 0.0, 1.0, "auto")
-    for needs in ([True, True, True], [False, False, False]):
-        arguments = (x, w, b, t, None, s, *given, needs)
+    given = (4, torch.float32, -100, 0.1, 0.0, None, 1.0, "auto")
+    for uniform, needs in ((True, [True, True, True]), (False, [False, False, False])):
+        arguments = (x, w, b, t, None, s, *given, uniform, needs)
         torch.library.opcheck(torch.ops.crossent.sweep.default, arguments)
     arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
     torch.library.opcheck(
-        torch.ops.crossent.sweep_backward.default, (torch.rand(6), *arguments[:-1], [True] * 3)
+        torch.ops.crossent.sweep_backward.default, (torch.rand(6), *arguments[:-2], [True] * 3)
     )
 
 
@@ -446,11 +447,13 @@ def test_log_prob_and_entropy(backend):
             crossent.log_prob(logits, t),
         ),
         (
-            crossent.linear_log_prob(x, w, several, linear_bias=b, chunk_rows=3, backend=backend),
+            crossent.linear_log_prob(
+                x, w, several, linear_bias=b, chunk_rows=3, backend=serving(backend)
+            ),
             torch.log_softmax(logits, -1).gather(-1, several),
         ),
         (
-            crossent.linear_entropy(x, w, linear_bias=b, chunk_rows=3, backend=backend),
+            crossent.linear_entropy(x, w, linear_bias=b, chunk_rows=3, backend=serving(backend)),
             torch.distributions.Categorical(logits=logits).entropy(),
         ),
     ):

@@ -33,7 +33,8 @@ _BLOCK = 4096
 def ordered_sum(values: Tensor) -> Tensor:
     """Sum over the last axis, in an order that depends on its length alone."""
     length = values.shape[-1]
-    if length <= _BLOCK:
+    # In a graph for many sizes one reduction stands for all of them: no guard on the size.
+    if torch.compiler.is_compiling() or not isinstance(length, int) or length <= _BLOCK:
         return values.sum(-1)
     whole = length // _BLOCK * _BLOCK
     blocks = values[..., :whole].reshape(*values.shape[:-1], whole // _BLOCK, _BLOCK).sum(-1)
@@ -44,6 +45,21 @@ def ordered_sum(values: Tensor) -> Tensor:
 def times(factor: Tensor, value: Tensor) -> Tensor:
     """``factor * value`` with 0 * inf = 0: what weighs nothing costs nothing."""
     return factor * value.masked_fill((factor == 0) & value.isinf(), 0)
+
+
+def soft_cap(z: Tensor, cap: float) -> Tensor:
+    """cap tanh(z / cap), with a slope that keeps its digits near saturation.
+
+    torch differentiates tanh as 1 - tanh**2, which cancels there. (1 - e) / (1 + e) with
+    e = exp(-2 |x|) has the slope 4 e / (1 + e)**2, of which nothing cancels; close to zero it is
+    its own value that would, and tanh serves.
+    """
+    x = z / cap
+    near = x.detach().abs() < 0.5
+    size = torch.where(near, 1.0, x.abs())
+    e = torch.exp(-2 * size)
+    far = x.detach().sign() * ((1 - e) / (1 + e))
+    return cap * torch.where(near, torch.tanh(torch.where(near, x, 0.0)), far)
 
 
 def exp_difference(z: Tensor, m: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .arithmetic import RowSummary, expected_nll, nll, ordered_sum, summarise
 from .options import Options
-from .readable import readable
 from .targets import check_logits, check_range, check_target, class_axis
+from .torch_internals import readable
 
 _LAST = Options(dim=-1)
 

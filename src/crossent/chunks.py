@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .options import as_integer
+
 BUDGET = 64 * 2**20  # bytes of scratch memory on a CPU
 _BLOCK = 4 * 2**20  # bytes of weight that a product reads at a time (docs/performance.md)
 _EVEN = 16  # chunks are multiples of this many rows: whole vectors and product tiles
@@ -53,12 +55,8 @@ def plan(
         >>> plan(2048, 768, 50257, 4)
         Plan(chunk_rows=304, block=1365)
     """
-    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int)):
-        raise TypeError(
-            f"chunk_rows: expected an int or None, got {type(chunk_rows).__name__} {chunk_rows!r}"
-        )
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows: expected at least one row, got {chunk_rows}")
+    if chunk_rows is not None:
+        chunk_rows = check_chunk_rows(chunk_rows)
     if budget <= 0:
         raise ValueError(f"budget: expected a number of bytes above 0, got {budget}")
     block = max(1, min(classes, min(_BLOCK, budget // 4) // (features * itemsize or 1)))
@@ -72,3 +70,11 @@ def plan(
     if most >= _EVEN:
         even = min(-(-even // _EVEN) * _EVEN, most // _EVEN * _EVEN)
     return Plan(max(1, min(even, rows)), block)
+
+
+def check_chunk_rows(chunk_rows: int) -> int:
+    """A number of rows, once it is known to be one."""
+    chunk_rows = as_integer("chunk_rows", chunk_rows)
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows: expected at least one row, got {chunk_rows}")
+    return chunk_rows

@@ -19,9 +19,9 @@ from .backends import Choice
 from .options import Backend, Empty, Options, Reduction
 from .overrides import ask
 from .problem import Problem, pose, pose_logits, pose_selection
-from .readable import readable
 from .reduction import reduce, settle
-from .rows import Stats
+from .rows import Stats, lengthen
+from .torch_internals import readable
 from .warn import warn_if_probabilities
 
 if TYPE_CHECKING:
@@ -314,24 +314,13 @@ def _scored(problem: Problem, denominator: float | Tensor | None) -> Tensor | tu
     loss = reduce(rows.loss, rows.mass, reduction, denominator, empty).to(
         problem.logits.result_dtype
     )
-    if loss.dim():  # reduction "none": one loss for each position again
-        loss = _lengthen(loss, problem.cut, 0.0)
-    if rows.stats is None:
-        return loss
-    blank = (0, 0, 0, -1, False, False)
-    stats = (_lengthen(s, problem.cut, b) for s, b in zip(rows.stats, blank, strict=True))
-    return loss, Stats(*stats)
+    return lengthen(loss, rows.stats, problem.cut)
 
 
 def _settles(denominator: float | Tensor | None, options: Options) -> bool:
     """Whether sums are all that is wanted of the rows, and what divides them is a number."""
+    if options.return_stats:
+        return False
     if isinstance(denominator, Tensor):
         return readable(denominator) and not denominator.requires_grad
-    return (denominator is not None or options.reduction != "none") and not options.return_stats
-
-
-def _lengthen(rows: Tensor, cut: int, fill: float) -> Tensor:
-    """Rows with the ``cut`` positions that have no target put back at the end."""
-    if not cut:
-        return rows
-    return torch.cat([rows, rows.new_full((*rows.shape[:-1], cut), fill)], -1)
+    return denominator is not None or options.reduction != "none"

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .targets import check_dense
+
 
 class Head(NamedTuple):
     """A linear head and the features that it is applied to."""
@@ -26,17 +28,17 @@ class Head(NamedTuple):
     def logits(self) -> Tensor:
         """All logits at once, for derivatives of any kind."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return F.linear(self.input.to(self.dtype), self.weight.to(self.dtype), bias)
+        with torch.autocast(self.input.device.type, enabled=False):
+            return F.linear(self.input.to(self.dtype), self.weight.to(self.dtype), bias)
 
 
 def check_head(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless features, weight and bias fit each other."""
-    named = {"input": input, "linear_weight": weight, "linear_bias": bias}
+    named = {"input": input, "linear_weight": weight}
+    if bias is not None:
+        named["linear_bias"] = bias
     for name, tensor in named.items():
-        if tensor is None and name == "linear_bias":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
         if tensor.device != input.device:

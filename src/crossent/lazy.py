@@ -21,6 +21,7 @@ from .functional import cross_entropy, entropy, log_prob
 from .linear import linear_cross_entropy
 from .linear_rows import linear_entropy, linear_log_prob
 from .patching import cross_entropy as torchs_cross_entropy
+from .torch_internals import no_torch_function
 
 
 class Recipe(NamedTuple):
@@ -87,7 +88,7 @@ class LazyLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _ABOUT:  # shape, dtype, device, ...
-            with torch._C.DisableTorchFunctionSubclass():
+            with no_torch_function():
                 return func(*args, **kwargs)
         lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
         if lazy is not None and func in _RULES:

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .chunks import Plan
-from .derivatives import needs_autograd, needs_logits
+from . import backends
+from .chunks import check_chunk_rows
+from .derivatives import by_blocks
+from .eligibility import needs_operations, needs_reference
 from .functional import cross_entropy
 from .head import Head, check_head, flatten, shape_of_logits
 from .options import Backend, Empty, GradientMode, Options, Reduction, check_scalar
 from .overrides import ask
 from .problem import Problem, pose
 from .reduction import reduce
-from .rows import Stats
+from .rows import Stats, lengthen
 from .rowwise import LossRows
-from .sweep import plan_for, sweep_rows
-from .sweep_op import settings
+from .sweep import head_map, plan_for, sweep_rows
+from .sweep_op import compiled_rows
 from .thinning import MODES, Thinning
 
 
@@ -141,20 +143,35 @@ def linear_cross_entropy(
         return ask(linear_cross_entropy, tensors, tensors[:3], keywords)
     check_head(input, linear_weight, linear_bias)
     _check_thinning(gradient_tolerance, gradient_mode)
+    chunk_rows = None if chunk_rows is None else check_chunk_rows(chunk_rows)
     if linear_weight.dim() > 2:
         return _several_dimensions(tensors, denominator, chosen)
     logits = shape_of_logits(input, linear_weight)
     problem = pose(logits, target, weight, sample_weight, denominator, chosen)
+    backends.choose(problem)  # raises where a backend was asked for that cannot serve
+    compiling = torch.compiler.is_compiling()
     head = Head(flatten(input), linear_weight, linear_bias)
-    compiling = torch.compiler.is_compiling() and not return_stats and not needs_autograd(problem)
-    if compiling and not problem.cut:
-        return _compiled(head, problem, plan_for(head, chunk_rows), denominator)
-    if problem.cut or needs_logits(problem, input, linear_weight, linear_bias):
+    if needs_operations(*head, *problem.factors()) or (
+        compiling and (return_stats or problem.cut or needs_reference(problem))
+    ):
         keywords = _keywords(chosen, sample_weight, denominator)
         keywords.update(return_dtype=problem.logits.result_dtype)
         return cross_entropy(head.logits().reshape(logits.shape), target, weight, **keywords)
+    if problem.cut:  # the last positions have no target: their logits are never made
+        left = input.shape[-2] - problem.cut
+        head = head._replace(input=flatten(input.narrow(-2, 0, left)))
+    problem = problem.verified()
     thinning = _thinning(gradient_tolerance, gradient_mode)
-    return _swept(head, problem.verified(), plan_for(head, chunk_rows), thinning, denominator)
+    function = LossRows(problem.flat(), thinning, neighbours=linear_weight.stride(-1) == 1)
+    uniform = chosen.reduction != "none" or denominator is not None
+    if compiling:
+        loss, *stats = (compiled_rows(head, function.problem, chunk_rows, uniform),)
+    elif needs_reference(problem):
+        rows, factors = head_map(head, function)
+        loss, *stats = by_blocks(rows, *factors)
+    else:
+        loss, *stats = sweep_rows(head, function, plan_for(head, chunk_rows), uniform)
+    return _reduced(loss, stats, problem, denominator)
 
 
 def _check_thinning(tolerance: float, mode: str) -> None:
@@ -172,48 +189,17 @@ def _thinning(tolerance: float, mode: str) -> Thinning | None:
     return Thinning(float(tolerance), unbiased, seed)
 
 
-def _swept(
-    head: Head,
-    problem: Problem,
-    chunks: Plan,
-    thinning: Thinning | None,
-    denominator: float | Tensor | None,
-) -> Any:
-    """The loss, from logits in chunks; ``(loss, Stats)`` where they are asked for."""
-    neighbours = head.weight.stride(-1) == 1
-    function = LossRows(problem.flat(), thinning, neighbours=neighbours)
-    loss, mass, *stats = sweep_rows(head, function, chunks, _uniform(problem, denominator))
-    loss = _reduced(loss, mass, problem, denominator)
-    shape = problem.logits.rows.shape[:-1]
-    return (loss, Stats(*(s.reshape(shape) for s in stats))) if stats else loss
-
-
-def _compiled(
-    head: Head, problem: Problem, chunks: Plan, denominator: float | Tensor | None
-) -> Tensor:
-    """The loss, by an operator that torch.compile can hold."""
-    made = _uniform(problem, denominator) and torch.is_grad_enabled()
-    needs = [made and t is not None and t.requires_grad for t in head]
-    flat = problem.flat()
-    factors = (flat.target, flat.weight, flat.sample_weight)
-    loss, mass, *_ = torch.ops.crossent.sweep(*head, *factors, *settings(flat, chunks), needs)
-    return _reduced(loss, mass, problem, denominator)
-
-
-def _uniform(problem: Problem, denominator: float | Tensor | None) -> bool:
-    """Whether each row's loss has the same upstream gradient: they are summed, and no more."""
-    return problem.options.reduction != "none" or denominator is not None
-
-
 def _reduced(
-    loss: Tensor, mass: Tensor, problem: Problem, denominator: float | Tensor | None
-) -> Tensor:
-    """What the caller asked for, from one number a row."""
-    shape, options = problem.logits.rows.shape[:-1], problem.options
-    reduced = reduce(
-        loss.reshape(shape), mass.reshape(shape), options.reduction, denominator, options.empty
-    )
-    return reduced.to(problem.logits.result_dtype)
+    loss: Tensor, stats: list[Tensor], problem: Problem, denominator: float | Tensor | None
+) -> Any:
+    """What the caller asked for, from numbers of rows (the loss may be their sum already)."""
+    shape, options = problem.target.shape, problem.options
+    shape = shape if problem.by_index else shape[:-1]
+    mass = backends.reference.mass(problem)
+    loss = loss.reshape(shape) if loss.dim() else loss
+    loss = reduce(loss, mass, options.reduction, denominator, options.empty)
+    shown = Stats(*(s.reshape(shape) for s in stats)) if stats else None
+    return lengthen(loss.to(problem.logits.result_dtype), shown, problem.cut)
 
 
 def _several_dimensions(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
-from .derivatives import needs_logits
+from .backends import check_entropy, check_selection
+from .derivatives import by_blocks
+from .eligibility import needs_operations
 from .functional import entropy, log_prob
 from .head import Head, check_head, flatten, shape_of_logits
 from .options import Backend, Options
-from .problem import Problem, pose_logits, pose_selection
-from .rowwise import EntropyRows, LogProbRows
-from .sweep import plan_for, sweep_rows
+from .overrides import ask
+from .problem import pose_logits, pose_selection
+from .rowwise import EntropyRows, LogProbRows, RowFunction
+from .sweep import head_map, plan_for, sweep_rows
 
 
 def linear_log_prob(
@@ -62,12 +68,17 @@ def linear_log_prob(
         return_dtype=return_dtype,
         backend=backend,
     )
+    tensors = (input, linear_weight, index, linear_bias)
+    if has_torch_function_variadic(*tensors):
+        keywords = dict(options._asdict(), linear_bias=linear_bias, chunk_rows=chunk_rows)
+        return cast("Tensor", ask(linear_log_prob, tensors, tensors[:3], keywords))
     check_head(input, linear_weight, linear_bias)
     logits = shape_of_logits(input, linear_weight)
     selection = pose_selection(logits, index, options)
+    check_selection(selection)
     head = Head(flatten(input), linear_weight, linear_bias)
-    problem = Problem(selection.logits, selection.chosen, True, None, None)
-    if needs_logits(problem, input, linear_weight, linear_bias):
+    chosen, classes = selection.chosen, selection.chosen.shape[-1]
+    if torch.compiler.is_compiling() or needs_operations(*head, *selection.factors()):
         values = log_prob(
             head.logits().reshape(logits.shape),
             index,
@@ -77,9 +88,17 @@ def linear_log_prob(
             backend=backend,
         )
     else:
-        flat = selection._replace(chosen=selection.chosen.reshape(-1, selection.chosen.shape[-1]))
-        (values,) = sweep_rows(head, LogProbRows(flat), plan_for(head, chunk_rows), uniform=False)
+        chosen = chosen.reshape(head.input.shape[0], classes)
+        values = _of_rows(head, LogProbRows(selection._replace(chosen=chosen)), chunk_rows)
     return values.reshape(index.shape).to(selection.logits.result_dtype)
+
+
+def _of_rows(head: Head, function: RowFunction, chunk_rows: int | None) -> Tensor:
+    """The first of the numbers of each row, without the logits of all of them."""
+    if function.factors()[-1] is not None:  # a scale that may have a gradient of its own
+        rows, tensors = head_map(head, function)
+        return by_blocks(rows, *tensors)[0]
+    return sweep_rows(head, function, plan_for(head, chunk_rows), uniform=False)[0]
 
 
 def linear_entropy(
@@ -122,12 +141,16 @@ def linear_entropy(
         return_dtype=return_dtype,
         backend=backend,
     )
+    tensors = (input, linear_weight, linear_bias)
+    if has_torch_function_variadic(*tensors):
+        keywords = dict(options._asdict(), linear_bias=linear_bias, chunk_rows=chunk_rows)
+        return cast("Tensor", ask(linear_entropy, tensors, tensors[:2], keywords))
     check_head(input, linear_weight, linear_bias)
     shape = shape_of_logits(input, linear_weight)
     logits = pose_logits(shape, options)
+    check_entropy(logits)
     head = Head(flatten(input), linear_weight, linear_bias)
-    nothing = input.new_empty(0, dtype=torch.int64)
-    if needs_logits(Problem(logits, nothing, True, None, None), input, linear_weight, linear_bias):
+    if torch.compiler.is_compiling() or needs_operations(*head, logits.scale):
         values = entropy(
             head.logits().reshape(shape.shape),
             softcap=softcap,
@@ -135,5 +158,5 @@ def linear_entropy(
             backend=backend,
         )
     else:
-        (values,) = sweep_rows(head, EntropyRows(logits), plan_for(head, chunk_rows), uniform=False)
+        values = _of_rows(head, EntropyRows(logits), chunk_rows)
     return values.reshape(input.shape[:-1]).to(logits.result_dtype)

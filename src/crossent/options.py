@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+
+from .torch_internals import readable
 
 Reduction = Literal["none", "sum", "mean"]
 Empty = Literal["nan", "zero", "raise"]
@@ -50,28 +54,31 @@ class Options(NamedTuple):
         )
 
     def checked(self) -> Options:
-        """These options, once each of them is known to make sense."""
+        """These options as plain numbers, once each of them is known to make sense."""
         _check_choice("reduction", self.reduction, REDUCTIONS)
         _check_choice("empty", self.empty, EMPTIES)
         _check_choice("backend", self.backend, BACKENDS)
-        _check_integer("ignore_index", self.ignore_index)
-        _check_integer("shift", self.shift)
-        if self.dim is not None:
-            _check_integer("dim", self.dim)
-        if self.shift < 0:
-            raise ValueError(f"shift: expected 0 or more positions, got {self.shift}")
-        _check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
-        _check_number("z_loss", self.z_loss, 0.0)
-        if self.softcap is not None:
-            _check_number("softcap", self.softcap, 0.0)
-            if self.softcap == 0:
+        shift = as_integer("shift", self.shift)
+        if shift < 0:
+            raise ValueError(f"shift: expected 0 or more positions, got {shift}")
+        softcap = self.softcap
+        if softcap is not None:
+            softcap = _as_number("softcap", softcap, 0.0)
+            if softcap == 0:
                 raise ValueError("softcap: expected a number above 0, got 0; None turns it off")
-        check_scalar("logit_scale", self.logit_scale)
         if self.return_dtype is not None and not self.return_dtype.is_floating_point:
             raise TypeError(
                 f"return_dtype: expected a floating-point dtype, got {self.return_dtype}"
             )
-        return self
+        return self._replace(
+            ignore_index=as_integer("ignore_index", self.ignore_index),
+            dim=None if self.dim is None else as_integer("dim", self.dim),
+            shift=shift,
+            label_smoothing=_as_number("label_smoothing", self.label_smoothing, 0.0, 1.0),
+            z_loss=_as_number("z_loss", self.z_loss, 0.0),
+            softcap=softcap,
+            logit_scale=check_scalar("logit_scale", self.logit_scale),
+        )
 
 
 _PLAIN = list(Options()[2:-1])
@@ -96,14 +103,31 @@ class LossArguments(TypedDict, total=False):
     backend: Backend
 
 
-def check_scalar(name: str, value: float | Tensor, low: float = -math.inf) -> None:
-    """Raise unless ``value`` is a finite number from ``low`` up, or a tensor of one element."""
+def check_scalar(name: str, value: float | Tensor, low: float = -math.inf) -> float | Tensor:
+    """A finite number from ``low`` up as a float; a tensor of one element stays one.
+
+    On a CPU a tensor is held to ``low`` as numbers are; elsewhere looking would wait for a device.
+    """
     if not isinstance(value, Tensor):
-        _check_number(name, value, low)
-    elif value.numel() != 1:
+        return _as_number(name, value, low)
+    if value.numel() != 1:
         raise ValueError(
             f"{name}: expected a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}"
         )
+    if low > -math.inf and value.device.type == "cpu" and readable(value):
+        _as_number(name, value.item(), low)
+    return value
+
+
+def as_integer(name: str, value: object) -> int:
+    """A Python int from whatever stands for a whole number: numpy's integers, 0-d tensors."""
+    if not isinstance(value, bool):
+        if isinstance(value, (int, torch.SymInt)):
+            return value  # type: ignore[return-value]
+        if getattr(value, "dtype", None) is not torch.bool:
+            with contextlib.suppress(TypeError):
+                return operator.index(value)  # type: ignore[arg-type]
+    raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -111,18 +135,15 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-
-
-def _check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+def _as_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     if isinstance(value, bool) or not (
         isinstance(value, (float, int)) or hasattr(value, "__float__")
     ):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not (low <= value <= high) or value in (math.inf, -math.inf):  # type: ignore[operator]
+    number = value if isinstance(value, (int, float)) else float(value)
+    if not (low <= number <= high) or number in (math.inf, -math.inf):
         bounds = "a finite number" if low == -math.inf else f"a finite number of at least {low:g}"
         if high != math.inf:
             bounds = f"a number from {low:g} to {high:g}"
         raise ValueError(f"{name}: expected {bounds}, got {value!r}")
+    return number

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .options import Options, check_scalar
-from .readable import readable
 from .targets import (
+    as_int64,
     check_index,
     check_logits,
     check_range,
@@ -21,6 +21,9 @@ from .targets import (
     check_tensor,
     class_axis,
 )
+from .torch_internals import readable
+
+MaybeTensors = tuple[Tensor | None, ...]
 
 
 class Logits(NamedTuple):
@@ -33,13 +36,25 @@ class Logits(NamedTuple):
     result_dtype: torch.dtype  # what the caller gets back
     options: Options
 
+    @property
+    def scale(self) -> Tensor | None:
+        """The logit scale, where it is a tensor."""
+        scale = self.options.logit_scale
+        return scale if isinstance(scale, Tensor) else None
+
     def of(self, rows: Tensor) -> Logits:
         """The same for other rows, classes on their last axis."""
         return self._replace(rows=rows, source=rows, axis=rows.dim() - 1)
 
+    def scaled_by(self, scale: Tensor | None) -> Logits:
+        """The same with another tensor for a logit scale; None where it is a number."""
+        if scale is None:
+            return self
+        return self._replace(options=self.options._replace(logit_scale=scale))
+
 
 class Problem(NamedTuple):
-    """Rows of logits and what they are scored against.
+    """Rows of logits and what they are scored against; made by :func:`pose`, never by hand.
 
     ``rows`` stands for the leading shape: that of index targets. Positions that ``shift`` leaves
     without a target are ignored; probabilities know no ignored rows, there ``cut`` are left out.
@@ -50,23 +65,43 @@ class Problem(NamedTuple):
     by_index: bool  # which of the two the target is
     weight: Tensor | None  # (V,), the class weights
     sample_weight: Tensor | None  # (*rows)
-    cut: int = 0  # how many positions have been left out at the end
-    may_ignore: bool = True  # False where it is known that no row is ignored
-    in_range: bool = False  # True where every counted target is known to be a class
+    cut: int  # how many positions have been left out at the end
+    may_ignore: bool  # False where it is known that no row is ignored
+    in_range: bool  # True where every counted target is known to be a class
 
     @property
     def options(self) -> Options:
         """The options of the call."""
         return self.logits.options
 
+    def factors(self) -> MaybeTensors:
+        """Everything that holds numbers but the logits; those of rows first (see BY_ROW)."""
+        return self.target, self.sample_weight, self.weight, self.logits.scale
+
+    def holding(self, rows: Tensor, factors: MaybeTensors) -> Problem:
+        """The same problem with other tensors in their places: logits (*rows, V), factors."""
+        target, sample_weight, weight, scale = factors
+        if target is None:
+            raise TypeError("factors: expected a target first, got None")
+        return self._replace(
+            logits=self.logits.of(rows).scaled_by(scale),
+            target=target,
+            sample_weight=sample_weight,
+            weight=weight,
+        )
+
+    def bare(self) -> Problem:
+        """The same without its tensors, to be kept where those are saved by autograd."""
+        nothing = torch.empty(0)
+        scale = None if self.logits.scale is None else nothing
+        return self.holding(nothing, (nothing, None, None, scale))
+
     def verified(self) -> Problem:
         """The same problem, once its targets have been looked at, where that can be done.
 
         Apart from posing it, because kernels see to it in passing.
         """
-        if not self.by_index:
-            return self._replace(may_ignore=False, in_range=True)
-        if not readable(self.target):
+        if not self.by_index or not readable(self.target):
             return self
         ignore_index, classes = self.options.ignore_index, self.logits.rows.shape[-1]
         check_range("target", self.target, classes, ignore_index, self.options.shift)
@@ -76,8 +111,9 @@ class Problem(NamedTuple):
     def flat(self) -> Problem:
         """The same rows on one axis; the logits stay as they are."""
         sample_weight = self.sample_weight
+        classes = self.logits.rows.shape[-1]
         return self._replace(
-            target=self.target.reshape(-1) if self.by_index else self.target.flatten(0, -2),
+            target=self.target.reshape(-1) if self.by_index else self.target.reshape(-1, classes),
             sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
         )
 
@@ -94,8 +130,11 @@ class Problem(NamedTuple):
         """True for each row that has a target."""
         if self.by_index:
             return self.target != self.options.ignore_index
-        rows = self.logits.rows
-        return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+        return torch.ones(self.target.shape[:-1], dtype=torch.bool, device=self.target.device)
+
+
+#: Which of a problem's factors have rows.
+BY_ROW = (True, True, False, False)
 
 
 class Selection(NamedTuple):
@@ -111,12 +150,27 @@ class Selection(NamedTuple):
         """The options of the call."""
         return self.logits.options
 
+    def factors(self) -> MaybeTensors:
+        """Everything that holds numbers but the logits: the classes have rows, the scale none."""
+        return self.chosen, self.logits.scale
+
+    def holding(self, rows: Tensor, factors: MaybeTensors) -> Selection:
+        """The same with other tensors in their places: logits (*rows, V), factors."""
+        chosen, scale = factors
+        if chosen is None:
+            raise TypeError("factors: expected the chosen classes first, got None")
+        return self._replace(logits=self.logits.of(rows).scaled_by(scale), chosen=chosen)
+
+    def bare(self) -> Selection:
+        """The same without its tensors."""
+        nothing = torch.empty(0)
+        return self.holding(nothing, (nothing, None if self.logits.scale is None else nothing))
+
     def as_problem(self) -> Problem | None:
         """The loss whose rows are minus these log-probabilities; None for several a row."""
         if self.chosen.shape[-1] != 1:
             return None
-        target = self.chosen.squeeze(-1)
-        return Problem(self.logits, target, True, None, None)
+        return _by_index(self.logits, self.chosen.squeeze(-1), None, None, self.in_range)
 
 
 def pose(
@@ -128,7 +182,7 @@ def pose(
     options: Options,
 ) -> Problem:
     """Check the arguments of a loss and put them into rows."""
-    options.checked()
+    options = options.checked()
     check_logits(input)
     axis = class_axis(input, options.dim)
     target, by_index = check_target(input, target, axis, options)
@@ -141,13 +195,13 @@ def pose(
         check_scalar("denominator", denominator, low=0.0)
 
     if by_index:
-        target = target.to(torch.int64)
+        target = as_int64(target, options.ignore_index)
         if options.shift:
             target = _shifted(target, options.shift, options.ignore_index)
             if sample_weight is not None:
                 sample_weight = _shifted(sample_weight, options.shift, 0)
         logits = _logits(input, input, axis, options)
-        return Problem(logits, target, True, weight, sample_weight)
+        return _by_index(logits, target, weight, sample_weight, in_range=False)
     target, source, cut = target.movedim(axis, -1), input, 0
     factors = (target,) if weight is None else (target, weight)
     if options.shift:
@@ -156,7 +210,20 @@ def pose(
         source, target = source.narrow(-2, 0, left), target.narrow(-2, cut, left)
         sample_weight = None if sample_weight is None else sample_weight.narrow(-1, cut, left)
     logits = _logits(input, source, axis, options, *factors)
-    return Problem(logits, target, False, weight, sample_weight, cut)
+    return Problem(
+        logits, target, False, weight, sample_weight, cut, may_ignore=False, in_range=True
+    )
+
+
+def _by_index(
+    logits: Logits,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    in_range: bool,
+) -> Problem:
+    """A problem of class indices; any row may be ignored as far as is known."""
+    return Problem(logits, target, True, weight, sample_weight, 0, True, in_range)
 
 
 def _shifted(values: Tensor, shift: int, fill: int) -> Tensor:
@@ -168,7 +235,7 @@ def _shifted(values: Tensor, shift: int, fill: int) -> Tensor:
 
 def pose_logits(input: Tensor, options: Options) -> Logits:
     """Check logits that have no target and put them into rows."""
-    options.checked()
+    options = options.checked()
     check_logits(input)
     axis = class_axis(input, options.dim)
     return _logits(input, input, axis, options)
@@ -177,16 +244,14 @@ def pose_logits(input: Tensor, options: Options) -> Logits:
 def pose_selection(input: Tensor, index: Tensor, options: Options) -> Selection:
     """Check the arguments of a selective log-softmax and put them into rows."""
     logits = pose_logits(input, options)
-    axis = class_axis(input, options.dim)
-    check_index(input, index, axis)
+    check_index(input, index, logits.axis)
     single = index.dim() < input.dim()
-    index = index.to(torch.int64)
+    index = as_int64(index, logits.options.ignore_index)
     in_range = readable(index)
     if in_range:
-        check_range("index", index, input.shape[axis], options.ignore_index)
-    return Selection(
-        logits, index.unsqueeze(-1) if single else index.movedim(axis, -1), single, in_range
-    )
+        check_range("index", index, input.shape[logits.axis], logits.options.ignore_index)
+    chosen = index.unsqueeze(-1) if single else index.movedim(logits.axis, -1)
+    return Selection(logits, chosen, single, in_range)
 
 
 def _logits(input: Tensor, source: Tensor, axis: int, options: Options, *factors: Tensor) -> Logits:

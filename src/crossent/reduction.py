@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import ordered_sum
-from .readable import readable
+from .torch_internals import readable
 
 _NOTHING_COUNTS = (
     "target: expected at least one row that counts, got none (all are ignored, weigh zero or are "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -29,9 +30,23 @@ class Stats(NamedTuple):
     counted: Tensor
 
 
+#: What rows hold that are not counted: loss, then the statistics in their order.
+BLANKS = (0.0, 0.0, 0.0, 0.0, -1, False, False)
+
+
 class Rows(NamedTuple):
     """One loss for each row and what it adds to the mean's denominator."""
 
     loss: Tensor
     mass: Tensor
     stats: Stats | None
+
+
+def lengthen(loss: Tensor, stats: Stats | None, cut: int) -> Tensor | tuple[Tensor, Stats]:
+    """What the caller gets: rows with the ``cut`` positions that have no target at their end."""
+    values = (loss, *(stats or ()))
+    long = [
+        torch.cat([v, v.new_full((*v.shape[:-1], cut), blank)], -1) if cut and v.dim() else v
+        for v, blank in zip(values, BLANKS, strict=False)
+    ]
+    return (long[0], Stats(*long[1:])) if stats else long[0]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .problem import Logits, Problem, Selection
-from .readable import readable
+from .derivatives import MaybeTensors, value_and_gradient
+from .problem import BY_ROW, Logits, Problem, Selection
+from .rows import BLANKS
 from .thinning import Entries, Thinning
+from .torch_internals import readable
 
 Place = slice | Tensor  # which rows: an index into one axis of them
 
@@ -23,11 +24,18 @@ class RowFunction(Protocol):
     def blanks(self) -> tuple[float, ...]:
         """What each output holds in rows that are left out."""
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    @property
+    def by_row(self) -> tuple[bool, ...]:
+        """Which of the factors have rows."""
+
+    def factors(self) -> MaybeTensors:
         """The tensors that it holds."""
 
-    def holding(self, tensors: tuple[Tensor | None, ...]) -> RowFunction:
+    def holding(self, factors: MaybeTensors) -> RowFunction:
         """The same with other tensors in their places."""
+
+    def bare(self) -> RowFunction:
+        """The same without its tensors, to be kept where those are saved by autograd."""
 
     def kept(self) -> Tensor | None:
         """The rows of which anything is wanted; None for all."""
@@ -37,12 +45,12 @@ class RowFunction(Protocol):
     ) -> tuple[tuple[Tensor, ...], Tensor | Entries | None]:
         """The numbers of some rows; and the gradient by their logits, which may be lost."""
 
-    def values(self, logits: Tensor) -> Tensor:
-        """The first of the numbers of all rows, differentiable any number of times."""
+    def values(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """The numbers of all rows, the first of them differentiable any number of times."""
 
 
 class LossRows(NamedTuple):
-    """Losses: outputs are loss, mass, and the statistics where they are wanted."""
+    """Losses: outputs are the loss, and the statistics where they are wanted."""
 
     problem: Problem  # its rows on one axis
     thinning: Thinning | None = None
@@ -51,17 +59,27 @@ class LossRows(NamedTuple):
     @property
     def blanks(self) -> tuple[float, ...]:
         """As in rows that are not counted."""
-        return (0, 0, 0, 0, 0, -1, False, False)
+        return BLANKS
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Target, class weights, sample weights."""
-        return self.problem.target, self.problem.weight, self.problem.sample_weight
+    @property
+    def by_row(self) -> tuple[bool, ...]:
+        """As in the problem."""
+        return BY_ROW
 
-    def holding(self, tensors: tuple[Any, ...]) -> LossRows:
+    def factors(self) -> MaybeTensors:
+        """Target and weights; those that all rows share in the computing dtype."""
+        target, sample_weight, weight, scale = self.problem.factors()
+        dtype = self.problem.logits.dtype
+        weight, scale = (None if t is None else t.to(dtype) for t in (weight, scale))
+        return target, sample_weight, weight, scale
+
+    def holding(self, factors: MaybeTensors) -> LossRows:
         """The same with other tensors in their places."""
-        names = ("target", "weight", "sample_weight")
-        problem = self.problem._replace(**dict(zip(names, tensors, strict=True)))
-        return self._replace(problem=problem)
+        return self._replace(problem=self.problem.holding(self.problem.logits.rows, factors))
+
+    def bare(self) -> LossRows:
+        """The same without its tensors."""
+        return self._replace(problem=self.problem.bare())
 
     def kept(self) -> Tensor | None:
         """The rows that are counted."""
@@ -76,7 +94,7 @@ class LossRows(NamedTuple):
         """Rows of losses, through the kernels where they serve."""
         part = self.problem.part(place, logits)
         rows, gradient = backends.rows_and_gradient(part, upstream)
-        values = (rows.loss, rows.mass, *(rows.stats or ()))
+        values = (rows.loss, *(rows.stats or ()))
         if upstream is None or gradient is None or self.thinning is None:
             return values, gradient
         if isinstance(place, slice):
@@ -86,10 +104,11 @@ class LossRows(NamedTuple):
         kernels = self.neighbours and backends.choose(part).name == "cpu"
         return values, self.thinning.of(gradient, scale, target, place, kernels)
 
-    def values(self, logits: Tensor) -> Tensor:
-        """The losses of all rows."""
+    def values(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """The losses of all rows, and their statistics."""
         problem = self.problem._replace(logits=self.problem.logits.of(logits))
-        return backends.reference.rows(problem).loss
+        rows = backends.reference.rows(problem)
+        return (rows.loss, *(rows.stats or ()))
 
 
 class LogProbRows(NamedTuple):
@@ -102,13 +121,23 @@ class LogProbRows(NamedTuple):
         """Nothing wanted: 0."""
         return (0.0,)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The classes."""
-        return (self.selection.chosen,)
+    @property
+    def by_row(self) -> tuple[bool, ...]:
+        """The classes, not the scale."""
+        return (True, False)
 
-    def holding(self, tensors: tuple[Any, ...]) -> LogProbRows:
-        """The same with other classes."""
-        return LogProbRows(self.selection._replace(chosen=tensors[0]))
+    def factors(self) -> MaybeTensors:
+        """The classes, and the scale where it is a tensor."""
+        chosen, scale = self.selection.factors()
+        return chosen, None if scale is None else scale.to(self.selection.logits.dtype)
+
+    def holding(self, factors: MaybeTensors) -> LogProbRows:
+        """The same with other tensors in their places."""
+        return LogProbRows(self.selection.holding(self.selection.logits.rows, factors))
+
+    def bare(self) -> LogProbRows:
+        """The same without its tensors."""
+        return LogProbRows(self.selection.bare())
 
     def kept(self) -> Tensor | None:
         """The rows of which a class is wanted."""
@@ -128,15 +157,18 @@ class LogProbRows(NamedTuple):
         )
         problem = part.as_problem()
         if problem is None:
-            return _through_reference(LogProbRows(part).values, logits, upstream)
+            value, gradient = value_and_gradient(
+                lambda z: LogProbRows(part).values(z)[0], logits, upstream
+            )
+            return (value,), gradient
         above = None if upstream is None else -upstream.squeeze(-1)
         rows, gradient = backends.rows_and_gradient(problem, above)
         return (-rows.loss.unsqueeze(-1),), gradient
 
-    def values(self, logits: Tensor) -> Tensor:
+    def values(self, logits: Tensor) -> tuple[Tensor]:
         """The log-probabilities of all rows."""
-        selection = self.selection
-        return backends.reference.log_prob(selection._replace(logits=selection.logits.of(logits)))
+        selection = self.selection._replace(logits=self.selection.logits.of(logits))
+        return (backends.reference.log_prob(selection),)
 
 
 class EntropyRows(NamedTuple):
@@ -149,13 +181,25 @@ class EntropyRows(NamedTuple):
         """No row is left out."""
         return (0.0,)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """None."""
-        return ()
+    @property
+    def by_row(self) -> tuple[bool, ...]:
+        """The scale belongs to all of them."""
+        return (False,)
 
-    def holding(self, tensors: tuple[Any, ...]) -> EntropyRows:
-        """The same."""
-        return self
+    def factors(self) -> MaybeTensors:
+        """The scale, where it is a tensor."""
+        scale = self.logits.scale
+        return (None if scale is None else scale.to(self.logits.dtype),)
+
+    def holding(self, factors: Any) -> EntropyRows:
+        """The same with another scale."""
+        return EntropyRows(self.logits.scaled_by(factors[0]))
+
+    def bare(self) -> EntropyRows:
+        """The same without its tensors."""
+        nothing = torch.empty(0)
+        scale = None if self.logits.scale is None else nothing
+        return EntropyRows(self.logits.of(nothing).scaled_by(scale))
 
     def kept(self) -> Tensor | None:
         """All rows."""
@@ -165,21 +209,9 @@ class EntropyRows(NamedTuple):
         self, place: Place, logits: Tensor, upstream: Tensor | None
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Through the reference."""
-        return _through_reference(self.values, logits, upstream)
+        value, gradient = value_and_gradient(lambda z: self.values(z)[0], logits, upstream)
+        return (value,), gradient
 
-    def values(self, logits: Tensor) -> Tensor:
+    def values(self, logits: Tensor) -> tuple[Tensor]:
         """The entropies of all rows."""
-        return backends.reference.entropy(self.logits.of(logits))
-
-
-def _through_reference(
-    function: Callable[[Tensor], Tensor], logits: Tensor, upstream: Tensor | None
-) -> tuple[tuple[Tensor], Tensor | None]:
-    """Values and, where an upstream gradient is given, the gradient by the logits."""
-    if upstream is None:
-        return (function(logits),), None
-    with torch.enable_grad():
-        logits = logits.detach().requires_grad_()
-        values = function(logits)
-        (gradient,) = torch.autograd.grad(values, logits, upstream.expand_as(values))
-    return (values.detach(),), gradient
+        return (backends.reference.entropy(self.logits.of(logits)),)

@@ -12,18 +12,21 @@ half precision is converted in blocks of classes. Rows that nothing is wanted of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from . import backends
+from .arithmetic import ordered_sum
 from .chunks import BUDGET, Plan, plan
+from .derivatives import RowMap, by_blocks
 from .head import Head
 from .rowwise import RowFunction
 from .thinning import Entries
+from .torch_internals import known_factor, plain, saved_tensors_hooked
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -43,7 +46,10 @@ def sweep(
     upstream: Tensor | None,
     needs: tuple[bool, bool, bool] = (False, False, False),
 ) -> Swept:
-    """Go through all rows once; ``upstream`` is the gradient of each row's value, None for none."""
+    """Go through all rows once; ``upstream`` is the gradient of each row's value, None for none.
+
+    The gradients are in the dtype of products: who scales them rounds them afterwards, once.
+    """
     if upstream is None:
         needs = (False, False, False)
     with torch.autocast(head.input.device.type, enabled=False):
@@ -74,8 +80,8 @@ class _Work:
         self.buffer = backends.fresh(x, (rows, weight.shape[0]), head.dtype)
         self.dx = self.dweight = self.dbias = None
         if needs[0]:
-            self.chunk_dx = x.new_empty((rows, x.shape[1]), dtype=head.dtype)
-            self.dx = torch.empty_like(x) if dense else torch.zeros_like(x)
+            make = torch.empty if dense else torch.zeros
+            self.dx = make(x.shape, dtype=head.dtype, device=x.device)
         if needs[1]:
             self.dweight = backends.fresh(weight, tuple(weight.shape), head.dtype)
         if needs[2]:
@@ -116,7 +122,7 @@ class _Work:
     def accumulate(self, place: slice | Tensor, x: Tensor, gradient: Tensor | Entries) -> None:
         """The gradients of some rows, from that of their logits."""
         if self.dx is not None:
-            self.dx[place] = self.product(gradient).to(self.dx.dtype)
+            self.dx[place] = self.product(gradient)
         if self.dweight is not None:
             if isinstance(gradient, Entries):
                 if self.first:
@@ -137,10 +143,9 @@ class _Work:
         weight = self.head.weight
         if isinstance(gradient, Entries):
             return gradient.times(weight)
-        dx = self.chunk_dx[: gradient.shape[0]]
         if weight.dtype == gradient.dtype:
-            return torch.mm(gradient, weight, out=dx)
-        dx.zero_()
+            return torch.mm(gradient, weight)
+        dx = gradient.new_zeros(gradient.shape[0], weight.shape[1])
         for classes, block in self.blocks():
             dx.addmm_(gradient[:, classes], block)
         return dx
@@ -153,12 +158,10 @@ class _Work:
 
 
 class Fused(torch.autograd.Function):
-    """A sweep under autograd.
+    """The sweep under autograd.
 
-    Where the rows' upstream gradients are known to be equal (``uniform``: they are reduced by sum
-    or mean, and nobody else sees them), the gradients are made in the forward sweep and scaled in
-    backward; the first backward hands them over, another makes them anew. Else backward sweeps
-    again.
+    With ``uniform`` the first result is the sum over the rows, and the gradients that it needs are
+    made with it.
     """
 
     @staticmethod
@@ -170,43 +173,61 @@ class Fused(torch.autograd.Function):
         function: RowFunction,
         plan: Plan,
         uniform: bool,
+        ready: bool,
     ) -> tuple[Tensor, ...]:
-        """The numbers of each row."""
+        """The numbers of each row, or the sum of the first."""
         head = Head(input, weight, bias)
-        needs = ctx.needs_input_grad[:3]
-        upstream = input.new_ones((), dtype=head.dtype).expand(input.shape[0]) if uniform else None
-        outputs, gradients = sweep(head, function, plan, upstream, needs)
-        ctx.ready = gradients if uniform else None
-        ctx.save_for_backward(input, weight, bias, *function.tensors())
-        ctx.function, ctx.plan = function.holding((None,) * len(function.tensors())), plan
+        ctx.plan, ctx.uniform, ctx.function = plan, uniform, function.bare()
+        outputs, gradients = _made(ctx, head, function, ready)
+        ctx.ready = gradients if ready else None
+        ctx.save_for_backward(input, weight, bias, *function.factors())
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        return outputs
+        return (ordered_sum(outputs[0]), *outputs[1:]) if uniform else outputs
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight and bias."""
         upstream = upstreams[0]
-        saved = ctx.saved_tensors  # autograd's checks run, whatever is used of them
+        input, weight, bias, *factors = ctx.saved_tensors  # checked, whatever is used of them
         if upstream is None:
-            return (None,) * 6
-        head, function = Head(*saved[:3]), ctx.function.holding(saved[3:])
+            return (None,) * 7
+        head, function = Head(input, weight, bias), ctx.function.holding(tuple(factors))
         needs = ctx.needs_input_grad[:3]
-        batched = _functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched
-        if torch.is_grad_enabled() or batched:
-            return *_through_autograd(head, function, upstream, needs), None, None, None
-        gradients, ctx.ready = ctx.ready, None
-        if gradients is None:
+        if torch.is_grad_enabled() or not plain(upstream):
+            above = upstream.expand(input.shape[0]) if ctx.uniform else upstream
+            gradients = _pulled(head, function, above, needs)
+        elif ctx.uniform:  # scaled afterwards, whether made in forward or now: the same bits
+            gradients, ctx.ready = ctx.ready, None
+            if gradients is None:
+                gradients = _made(ctx, head, function, True).gradients
+            gradients = _scaled(gradients, upstream)
+        else:
             gradients = sweep(head, function, ctx.plan, upstream, needs).gradients
-        elif upstream.numel():
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(upstream.flatten()[0])
-        return *_as_given(head, gradients, needs), None, None, None
+        return *as_given(head, gradients, needs), None, None, None, None
 
 
-def _as_given(head: Head, gradients: Gradients, needs: tuple[bool, ...]) -> Gradients:
-    """Gradients in the dtypes of what they are of."""
+def _made(ctx: Any, head: Head, function: RowFunction, gradients: bool) -> Swept:
+    """What a sweep leaves for an upstream gradient of one in each row."""
+    ones = head.input.new_ones((), dtype=head.dtype).expand(head.input.shape[0])
+    return sweep(head, function, ctx.plan, ones if gradients else None, ctx.needs_input_grad[:3])
+
+
+def _scaled(gradients: Gradients, factor: Tensor) -> Gradients:
+    """Fresh gradients times a number; what is zero stays zero, whatever the number."""
+    number = known_factor(factor)
+    for gradient in gradients:
+        if gradient is None or number == 1:
+            continue
+        zero = None if math.isfinite(number) else gradient == 0
+        gradient.mul_(factor)
+        if zero is not None:
+            gradient.masked_fill_(zero, 0)
+    return gradients
+
+
+def as_given(head: Head, gradients: Gradients, needs: tuple[bool, ...]) -> Gradients:
+    """Gradients in the dtypes of what they are of: rounded here, and nowhere else."""
     dx, dweight, dbias = (
         gradient.to(tensor.dtype)
         if needed and gradient is not None and tensor is not None
@@ -216,30 +237,47 @@ def _as_given(head: Head, gradients: Gradients, needs: tuple[bool, ...]) -> Grad
     return dx, dweight, dbias
 
 
-def _through_autograd(
-    head: Head, function: RowFunction, upstream: Tensor, needs: tuple[bool, ...]
+def head_map(head: Head, function: RowFunction) -> tuple[RowMap, tuple[Tensor | None, ...]]:
+    """The numbers of rows as a function of features, weight, bias and factors; and these.
+
+    Weight and bias in the dtype of products, so that their gradients are summed in it.
+    """
+    bare, dtype = function.bare(), head.dtype
+
+    def call(
+        input: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return bare.holding(factors).values(Head(input, weight, bias).logits())
+
+    bias = None if head.bias is None else head.bias.to(dtype)
+    tensors = (head.input, head.weight.to(dtype), bias, *function.factors())
+    row_size = sum(head.weight.shape)
+    return RowMap(call, (True, False, False, *function.by_row), 1, row_size), tensors
+
+
+def _pulled(
+    head: Head, function: RowFunction, upstream: Tensor, needs: tuple[bool, bool, bool]
 ) -> Gradients:
-    """The same gradients from all logits at once, with a graph that autograd can follow."""
-    create_graph = torch.is_grad_enabled()
-    wanted = [t for t, needed in zip(head, needs, strict=True) if needed and t is not None]
-    with torch.enable_grad():
-        values = function.values(head.logits())
-        found = iter(torch.autograd.grad(values, wanted, upstream, create_graph=create_graph))
-    dx, dweight, dbias = (next(found) if needed else None for needed in needs)
+    """The same gradients with a graph that autograd can follow."""
+    rows, tensors = head_map(head, function)
+    needed = needs + (False,) * (len(tensors) - 3)
+    found = iter(by_blocks(rows.pullback(needed, (True,)), *tensors, upstream))
+    dx, dweight, dbias = (next(found) if wanted else None for wanted in needs)
     return dx, dweight, dbias
 
 
 def sweep_rows(
     head: Head, function: RowFunction, chunks: Plan, uniform: bool
 ) -> tuple[Tensor, ...]:
-    """Numbers of each row; with ``uniform``, the caller reduces them by sum or mean."""
+    """Numbers of each row; with ``uniform`` the sum of the first in its place."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head)
     if not wanted:
-        return sweep(head, function, chunks, None).outputs
+        outputs = sweep(head, function, chunks, None).outputs
+        return (ordered_sum(outputs[0]), *outputs[1:]) if uniform else outputs
     # Under checkpoint and its like, what forward makes is thrown away: make it in backward.
-    offloaded = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ready = uniform and not saved_tensors_hooked()
     fused: Any = Fused  # torch leaves apply untyped
-    rows: tuple[Tensor, ...] = fused.apply(*head, function, chunks, uniform and not offloaded)
+    rows: tuple[Tensor, ...] = fused.apply(*head, function, chunks, uniform, ready)
     return rows
 
 

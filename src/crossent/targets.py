@@ -9,10 +9,36 @@ from .options import Options
 from .warn import ClassAxisWarning, warn
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is a tensor of plain numbers in strided memory; names the fix."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor, got {type(tensor).__name__}; convert with "
+            f"torch.as_tensor(...), of a pandas object with .to_numpy() first"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; use "
+            f"torch.nested.to_padded_tensor, or torch.cat of its parts"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got layout {tensor.layout}; convert with "
+            f"{name}.to_dense()"
+        )
+    if tensor.is_quantized:
+        raise TypeError(
+            f"{name}: expected plain numbers, got {tensor.dtype}; convert with {name}.dequantize()"
+        )
+    if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name}: expected float16 or wider, got {tensor.dtype}; convert with {name}.float()"
+        )
+
+
 def check_logits(input: Tensor) -> None:
     """Raise unless ``input`` can hold logits."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a tensor of logits, got {type(input).__name__}")
+    check_dense("input", input)
     if not input.is_floating_point():
         raise TypeError(
             f"input: expected floating-point logits, got {input.dtype}; convert with input.float()"
@@ -39,8 +65,7 @@ def check_tensor(
     name: str, tensor: Tensor, input: Tensor, shape: tuple[int, ...], meaning: str
 ) -> None:
     """Raise unless ``tensor`` is one of real numbers with this shape, where ``input`` is."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tensor.shape != shape:
         raise ValueError(
             f"{name}: expected shape {tuple(shape)} ({meaning}), got {tuple(tensor.shape)}"
@@ -60,8 +85,7 @@ def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
 
 def check_target(input: Tensor, target: Tensor, axis: int, options: Options) -> tuple[Tensor, bool]:
     """The target in torch's shape for this input, and whether it holds class indices."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    check_dense("target", target)
     _check_device("target", target, input)
     rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
     if target.dtype == torch.bool or target.is_complex():
@@ -94,8 +118,7 @@ def check_target(input: Tensor, target: Tensor, axis: int, options: Options) -> 
 
 def check_index(input: Tensor, index: Tensor, axis: int) -> None:
     """Raise unless ``index`` selects one or K classes for each row of ``input``."""
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index: expected a tensor, got {type(index).__name__}")
+    check_dense("index", index)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"index: expected integers, got {index.dtype}; convert with index.long()")
     _check_device("index", index, input)
@@ -161,6 +184,17 @@ def _count(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
+_LARGEST = torch.iinfo(torch.int64).max
+
+
+def as_int64(index: Tensor, ignore_index: int) -> Tensor:
+    """Indices as int64; numbers of uint64 that it cannot hold become the largest: no class."""
+    wide = index.to(torch.int64)
+    if index.dtype is not torch.uint64:
+        return wide
+    return wide.masked_fill(wide < 0, _LARGEST - (ignore_index == _LARGEST))
+
+
 def check_range(
     name: str, index: Tensor, classes: int, ignore_index: int | None, shift: int = 0
 ) -> None:
@@ -176,8 +210,9 @@ def check_range(
         place[-1] += shift
     where = f"[{', '.join(map(str, place))}]" if place else ""
     row = f" (row {place[0]})" if len(place) == 1 else ""
+    shown = str(value) if value < _LARGEST - 1 else "2**63 - 2 or more"
     besides = "" if ignore_index is None else f", or ignore_index {ignore_index}"
     raise IndexError(
-        f"{name}{where} is {value}{row}: expected a class from 0 to {classes - 1}{besides}; "
+        f"{name}{where} is {shown}{row}: expected a class from 0 to {classes - 1}{besides}; "
         f"{int(wrong.sum())} of {wrong.numel()} are out of range"
     )

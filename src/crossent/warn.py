@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .readable import readable
+from .torch_internals import readable
 
 _ROWS = 4  # how many rows are looked at: a warning may not cost a pass over the logits
 _CLASSES = 8  # how many classes of the first row are looked at before anything else
@@ -47,7 +47,7 @@ def warn_if_probabilities(logits: Tensor) -> None:
     """
     if not getattr(sys.modules[__package__], "warn_double_softmax", True):
         return
-    if logits.shape[-1] < 2 or logits.numel() == 0 or not readable(logits):
+    if not readable(logits) or logits.shape[-1] < 2 or logits.numel() == 0:
         return
     logits = logits.detach()
     for value in logits[(0,) * (logits.dim() - 1) + (slice(_CLASSES),)].tolist():

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..readable import readable
+from ..derivatives import value_and_gradient
+from ..rows import Rows
+from ..torch_internals import readable
 from . import cpu, reference
 from . import small as small
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..problem import Logits, Problem, Selection
-    from ..rows import Rows
 
 
 class Choice(NamedTuple):
@@ -40,6 +41,17 @@ def choose(problem: Problem) -> Choice:
     weights) are handed over to the reference, by whatever name the kernels were asked for.
     """
     requested = problem.options.backend
+    asked = _asked(requested, cpu.cannot(problem.logits.rows))
+    if asked.name == "reference":
+        return asked
+    transfer = cpu.hands_over(problem)
+    if transfer:
+        return Choice("reference", f"cpu hands over: {transfer}")
+    return Choice("cpu", "asked for by name" if requested == "cpu" else "native kernels")
+
+
+def _asked(requested: str, obstacle: str) -> Choice:
+    """Who is left once it is known what is asked for and what stands against the kernels."""
     if requested == "reference":
         return Choice("reference", "asked for by name")
     if requested == "triton":
@@ -47,7 +59,6 @@ def choose(problem: Problem) -> Choice:
             "backend: 'triton' was asked for by name, but this installation has no such kernels; "
             "use backend='auto' or backend='reference'"
         )
-    obstacle = cpu.cannot(problem)
     if requested == "cpu" and obstacle:
         raise BackendError(
             f"backend: 'cpu' was asked for by name, but {obstacle}; use backend='auto' or "
@@ -55,17 +66,14 @@ def choose(problem: Problem) -> Choice:
         )
     if obstacle:
         return Choice("reference", f"it serves every device; not cpu: {obstacle}")
-    transfer = cpu.hands_over(problem)
-    if transfer:
-        return Choice("reference", f"cpu hands over: {transfer}")
-    return Choice("cpu", "asked for by name" if requested == "cpu" else "native kernels")
+    return Choice("cpu", "")
 
 
 def rows(problem: Problem) -> Rows:
     """One loss for each row of a problem."""
     if choose(problem).name == "cpu":
-        return cpu.rows(problem, reference.rows)
-    return reference.rows(problem.verified())
+        return cpu.rows(problem, reference.row_map)
+    return reference.served(problem.verified())
 
 
 def total(problem: Problem, settle: Callable[[float, float], tuple[float, float]]) -> Tensor | None:
@@ -75,7 +83,7 @@ def total(problem: Problem, settle: Callable[[float, float], tuple[float, float]
     """
     if not readable(problem.target) or choose(problem).name != "cpu":
         return None
-    return cpu.total(problem, reference.rows, settle)
+    return cpu.total(problem, reference.row_map, settle)
 
 
 def rows_and_gradient(problem: Problem, upstream: Tensor | None) -> tuple[Rows, Tensor | None]:
@@ -88,7 +96,14 @@ def rows_and_gradient(problem: Problem, upstream: Tensor | None) -> tuple[Rows, 
     if choose(problem).name == "cpu":
         rows = cpu.rows_in_place(problem, upstream)
         return rows, None if upstream is None else problem.logits.rows
-    return reference.rows_and_gradient(problem, upstream)
+    found: list[Rows] = []
+
+    def loss(logits: Tensor) -> Tensor:
+        found.append(reference.rows(problem._replace(logits=problem.logits.of(logits))))
+        return found[0].loss
+
+    value, gradient = value_and_gradient(loss, problem.logits.rows, upstream)
+    return found[0]._replace(loss=value), gradient
 
 
 def fresh(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -103,13 +118,30 @@ def log_prob(selection: Selection) -> Tensor:
     """The log-probabilities of a selection (*rows, K)."""
     problem = selection.as_problem()
     if problem is not None and choose(problem).name == "cpu":
-        return -cpu.rows(problem, reference.rows).loss.unsqueeze(-1)
-    return reference.log_prob(selection)
+        return -cpu.rows(problem, reference.row_map).loss.unsqueeze(-1)
+    if problem is None:
+        check_selection(selection)
+    return reference.served_log_prob(selection)
 
 
 def entropy(logits: Logits) -> Tensor:
     """The entropy of each row."""
-    return reference.entropy(logits)
+    check_entropy(logits)
+    return reference.served_entropy(logits)
+
+
+def check_selection(selection: Selection) -> None:
+    """Raise where a backend was asked for by name that cannot serve these classes."""
+    problem = selection.as_problem()
+    if problem is not None:
+        choose(problem)
+    else:
+        _asked(selection.options.backend, "its kernels take one index a row")
+
+
+def check_entropy(logits: Logits) -> None:
+    """Raise where a backend was asked for by name that has no entropy."""
+    _asked(logits.options.backend, "it has no kernels for the entropy with its gradient")
 
 
 def standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

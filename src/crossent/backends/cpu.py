@@ -8,21 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.autograd.graph import increment_version
 
 from .. import ops as ops  # the schemas must stand before the kernels are loaded
-from ..derivatives import needs_autograd
+from ..derivatives import RowMap, by_blocks
+from ..eligibility import needs_reference
 from ..problem import Problem
-from ..readable import readable
 from ..rows import Rows, Stats
+from ..torch_internals import increment_version, may_overwrite, plain, readable
 
-# The problem in a form that autograd can follow to any order.
-Differentiable = Callable[[Problem], Rows]
+# The losses as a function of logits and factors that has derivatives of any order.
+Differentiable = Callable[[Problem], RowMap]
 # From sums of loss and mass to the reduced loss, and its derivative by the former.
 Settle = Callable[[float, float], tuple[float, float]]
 
-_NOTHING = torch.empty(0)
 _MOST_AXES = 8  # as Layout::kMaxRank in csrc/problem.h
 _BINARY = Path(__file__).parent.parent / "_kernels.abi3.so"
 
@@ -42,11 +40,11 @@ MISSING = _load()
 """Why there are no kernels in this installation; empty where there are."""
 
 
-def cannot(problem: Problem) -> str:
-    """Why the kernels cannot take these tensors at all; empty if they can."""
+def cannot(logits: Tensor) -> str:
+    """Why the kernels cannot take these logits at all; empty if they can."""
     if MISSING:
         return MISSING
-    device = problem.logits.rows.device
+    device = logits.device
     return "" if device.type == "cpu" else f"it serves CPU tensors, and these are on {device}"
 
 
@@ -54,7 +52,7 @@ def hands_over(problem: Problem) -> str:
     """What about this call only the reference can do; empty if nothing."""
     if problem.logits.rows.dim() - 1 > _MOST_AXES:
         return f"the logits have more than {_MOST_AXES} axes besides the classes"
-    return needs_autograd(problem)
+    return needs_reference(problem)
 
 
 def rows(problem: Problem, differentiable: Differentiable) -> Rows:
@@ -201,7 +199,7 @@ class _FusedTotal(torch.autograd.Function):
         upstream = upstreams[0]
         if upstream is None:
             return None, None, None, None, None
-        slope = ctx.slope * upstream.to(ctx.logits.dtype)
+        slope = ctx.slope * upstream.to(ctx.dtype)
         return _gradient(ctx, slope), None, None, None, None
 
 
@@ -217,53 +215,40 @@ def _keep(
 
     No tensor is kept but those saved: they are watched for changes, offloaded, and let go.
     """
-    ctx.save_for_backward(source, *arguments[1:4], saved)
-    ctx.logits = problem.logits._replace(rows=_NOTHING, source=_NOTHING)
-    ctx.by_index, ctx.differentiable, ctx.options = problem.by_index, differentiable, arguments[5:]
+    factors = arguments[1:4]
+    ctx.save_for_backward(source, *factors, saved)
+    ctx.axis, ctx.dtype, ctx.options = problem.logits.axis, problem.logits.dtype, arguments[5:]
+    ctx.row_map = differentiable(problem)
+    # Asked now: what is saved under hooks may be shared, without a version that tells.
+    ctx.overwrite = problem.options.reuse_input and may_overwrite(source, *factors)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient for an upstream gradient of each row, or one for all of them."""
-    source, *others = ctx.saved_tensors
-    axis = ctx.logits.axis
+    source, target, weight, sample_weight, saved = ctx.saved_tensors
+    axis = ctx.axis
     if torch.is_grad_enabled():  # create_graph: this gradient will be differentiated
-        return _differentiable_gradient(ctx, source, upstream, *others[:3])
-    batched = _functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched
-    batched |= _functorch.is_functorch_wrapped_tensor(upstream)
-    memory: Tensor = source.detach()
-    rows = memory.movedim(axis, -1)
-    if ctx.logits.options.reuse_input and not batched and _may_overwrite(source):
-        torch.ops.crossent.backward_(rows, upstream, *others, *ctx.options)
+        return _differentiable_gradient(ctx, source, upstream, target, sample_weight, weight)
+    rows: Tensor = source.detach().movedim(axis, -1)
+    inputs = (target, weight, sample_weight, saved, *ctx.options)
+    if ctx.overwrite and plain(upstream):
+        torch.ops.crossent.backward_(rows, upstream, *inputs)
         increment_version(source)  # whoever still needs the logits gets an error, not gradients
+        memory: Tensor = source.detach()
         return memory
-    gradient: Tensor = torch.ops.crossent.backward(upstream, rows, *others, *ctx.options)
+    gradient: Tensor = torch.ops.crossent.backward(upstream, rows, *inputs)
     return gradient if axis == source.dim() - 1 else gradient.movedim(-1, axis)
 
 
 def _differentiable_gradient(
-    ctx: Any,
-    source: Tensor,
-    upstream: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
+    ctx: Any, source: Tensor, upstream: Tensor, *factors: Tensor | None
 ) -> Tensor:
     """The same gradient through the reference, whose graph autograd can follow."""
-    logits = ctx.logits._replace(rows=source.movedim(ctx.logits.axis, -1), source=source)
-    problem = Problem(logits, target, ctx.by_index, weight, sample_weight)
-    loss: Tensor = ctx.differentiable(problem).loss
-    upstream = upstream.expand_as(loss)
-    gradient: Tensor = torch.autograd.grad(loss, source, upstream, create_graph=True)[0]
-    return gradient
-
-
-def _may_overwrite(logits: Tensor) -> bool:
-    """Whether each logit has memory of its own: no axis steps into the extent of a finer one."""
-    extent = 1
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return False
-            extent += stride * (size - 1)
-    return True
+    function: RowMap = ctx.row_map
+    needed = (True,) + (False,) * (len(function.by_row) - 1)
+    pullback = function.pullback(needed, (True,))
+    rows = source.movedim(ctx.axis, -1)
+    upstream = upstream.expand(rows.shape[:-1])
+    gradient = by_blocks(pullback, rows, *factors, None, upstream)[0]
+    return gradient.movedim(-1, ctx.axis)

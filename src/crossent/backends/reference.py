@@ -1,7 +1,8 @@
 """The reference: the loss in plain torch, on any device, differentiable any number of times.
 
 It is the oracle that every other backend is held against, and what serves where they cannot. Read
-it from the top: logits go into :func:`rows`, one loss for each row comes out.
+it from the top: logits go into :func:`rows`, one loss for each row comes out. :func:`served` is the
+same in the memory of a few rows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arithmetic import RowSummary, expected_nll, nll, row_entropy, summarise, times
+from ..arithmetic import RowSummary, expected_nll, nll, row_entropy, soft_cap, summarise, times
+from ..derivatives import RowMap, by_blocks
+from ..problem import BY_ROW
 from ..rows import Rows, Stats
 
 if TYPE_CHECKING:
@@ -25,28 +28,58 @@ def rows(problem: Problem) -> Rows:
     row = summarise(z)
     weight = None if problem.weight is None else problem.weight.to(dtype)
     if problem.by_index:
-        target = problem.target.masked_fill(~counted, 0)
-        if not problem.in_range:
-            target = target.clamp(0, z.shape[-1] - 1)
+        target = _classes(problem, counted)
         plain = nll(z, row, target)
-        loss, mass = _index_loss(z, row, target, plain, weight, options.label_smoothing)
+        loss = _index_loss(z, row, target, plain, weight, options.label_smoothing)
     else:
         target = problem.target.to(dtype)
         plain = expected_nll(z, row, target)
         loss = _probability_loss(z, row, target, plain, weight, options.label_smoothing)
-        mass = torch.ones_like(plain)
 
     if options.z_loss:
         loss = loss + options.z_loss * row.lse.square()
     if problem.sample_weight is not None:
-        sample_weight = problem.sample_weight.to(dtype)
-        loss, mass = times(sample_weight, loss), mass * sample_weight
+        loss = times(problem.sample_weight.to(dtype), loss)
     if not problem.in_range:  # nan stands for the IndexError that could not be raised
         loss = loss.masked_fill(counted & (problem.target != target), torch.nan)
     if problem.by_index:
-        loss, mass = torch.where(counted, loss, 0.0), torch.where(counted, mass, 0.0)
+        loss = torch.where(counted, loss, 0.0)
     stats = _statistics(z, row, target, plain, counted) if options.return_stats else None
-    return Rows(loss, mass, stats)
+    return Rows(loss, mass(problem), stats)
+
+
+def mass(problem: Problem) -> Tensor:
+    """What each row adds to the mean's denominator."""
+    counted, dtype = problem.counted(), problem.logits.dtype
+    if problem.weight is None or not problem.by_index:
+        mass = torch.ones(counted.shape, dtype=dtype, device=counted.device)
+    else:
+        mass = problem.weight.to(dtype)[_classes(problem, counted)]
+    if problem.sample_weight is not None:
+        mass = mass * problem.sample_weight.to(dtype)
+    return torch.where(counted, mass, 0.0) if problem.by_index else mass
+
+
+def served(problem: Problem) -> Rows:
+    """:func:`rows`, with derivatives of any order, a few rows at a time."""
+    function = row_map(problem)
+    dtype = problem.logits.dtype
+    target, sample_weight, weight, scale = problem.factors()
+    weight, scale = (None if t is None else t.to(dtype) for t in (weight, scale))
+    found = by_blocks(function, problem.logits.rows, target, sample_weight, weight, scale)
+    loss, *stats = found
+    return Rows(loss, mass(problem), Stats(*stats) if stats else None)
+
+
+def row_map(problem: Problem) -> RowMap:
+    """The losses and statistics as a function of logits and factors, which it does not keep."""
+    bare, axes = problem.bare(), problem.logits.rows.dim() - 1
+
+    def call(logits: Tensor, *factors: Tensor | None) -> tuple[Tensor, ...]:
+        found = rows(bare.holding(logits, factors))
+        return (found.loss, *(found.stats or ()))
+
+    return RowMap(call, (True, *BY_ROW), axes, problem.logits.rows.shape[-1])
 
 
 def standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,18 +103,6 @@ def standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rank, rival, best
 
 
-def rows_and_gradient(problem: Problem, upstream: Tensor | None) -> tuple[Rows, Tensor | None]:
-    """The rows, without a graph; with an upstream gradient (*rows) also theirs by the logits."""
-    if upstream is None:
-        with torch.no_grad():
-            return rows(problem), None
-    with torch.enable_grad():
-        z = problem.logits.rows.detach().requires_grad_()
-        loss, mass, stats = rows(problem._replace(logits=problem.logits.of(z)))
-        (gradient,) = torch.autograd.grad(loss, z, upstream.expand_as(loss))
-    return Rows(loss.detach(), mass, stats), gradient
-
-
 def log_prob(selection: Selection) -> Tensor:
     """log softmax at the selected classes (*rows, K); 0 where nothing is wanted."""
     index = selection.chosen
@@ -94,10 +115,35 @@ def log_prob(selection: Selection) -> Tensor:
     return values.masked_fill(~wanted, 0.0)
 
 
+def served_log_prob(selection: Selection) -> Tensor:
+    """:func:`log_prob`, with derivatives of any order, a few rows at a time."""
+    bare, logits = selection.bare(), selection.logits
+
+    def call(rows: Tensor, *factors: Tensor | None) -> tuple[Tensor]:
+        return (log_prob(bare.holding(rows, factors)),)
+
+    row_size = logits.rows.shape[-1] + selection.chosen.shape[-1]
+    function = RowMap(call, (True, True, False), logits.rows.dim() - 1, row_size)
+    scale = None if logits.scale is None else logits.scale.to(logits.dtype)
+    return by_blocks(function, logits.rows, selection.chosen, scale)[0]
+
+
 def entropy(logits: Logits) -> Tensor:
     """The entropy of the softmax of each row."""
     z = map_logits(logits)
     return row_entropy(z, summarise(z))
+
+
+def served_entropy(logits: Logits) -> Tensor:
+    """:func:`entropy`, with derivatives of any order, a few rows at a time."""
+    scale = None if logits.scale is None else logits.scale.to(logits.dtype)
+    bare = logits.of(torch.empty(0)).scaled_by(None if scale is None else torch.empty(0))
+
+    def call(rows: Tensor, scale: Tensor | None) -> tuple[Tensor]:
+        return (entropy(bare.of(rows).scaled_by(scale)),)
+
+    function = RowMap(call, (True, False), logits.rows.dim() - 1, logits.rows.shape[-1])
+    return by_blocks(function, logits.rows, scale)[0]
 
 
 def map_logits(logits: Logits, read: Tensor | None = None) -> Tensor:
@@ -115,24 +161,24 @@ def map_logits(logits: Logits, read: Tensor | None = None) -> Tensor:
         z = z * scale.to(z).reshape(())
     elif scale != 1.0:
         z = z * scale
-    if options.softcap is not None:
-        z = options.softcap * torch.tanh(z / options.softcap)
-    return z
+    return z if options.softcap is None else soft_cap(z, options.softcap)
+
+
+def _classes(problem: Problem, counted: Tensor) -> Tensor:
+    """Targets that are classes, whatever stands in rows that have none."""
+    target = problem.target.masked_fill(~counted, 0)
+    return target if problem.in_range else target.clamp(0, problem.logits.rows.shape[-1] - 1)
 
 
 def _index_loss(
     z: Tensor, row: RowSummary, target: Tensor, plain: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(1 - eps) w_t (-log p_t) + eps sum_c u_c w_c (-log p_c), and the row's mass w_t."""
-    if weight is None:
-        loss, mass = plain, torch.ones_like(plain)
-    else:
-        mass = weight[target]
-        loss = times(mass, plain)
+) -> Tensor:
+    """(1 - eps) w_t (-log p_t) + eps sum_c u_c w_c (-log p_c)."""
+    loss = plain if weight is None else times(weight[target], plain)
     if eps:
         smooth = expected_nll(z, row, _weighted(_uniform(z), weight))
         loss = (1 - eps) * loss + eps * smooth if eps < 1 else smooth
-    return loss, mass
+    return loss
 
 
 def _probability_loss(

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
 
 from .. import ops as ops  # its schemas
+from ..derivatives import pull
+from ..torch_internals import forward_mode, known_factor, plain
 from . import cpu
 
 # The same loss in a form that autograd can follow to any order.
@@ -48,23 +48,16 @@ def reduced(
 
 
 def _fits(input: Tensor, target: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or cpu.MISSING:
+    if torch.compiler.is_compiling() or cpu.MISSING:
         return False
     if type(input) is not Tensor or type(target) is not Tensor:
         return False
     if input.dtype is not torch.float32 or target.dtype is not torch.int64:
         return False
-    if not (input.is_cpu and target.is_cpu and input.layout is target.layout is torch.strided):
+    if not (input.is_cpu and target.is_cpu and plain(input, target)) or forward_mode():
         return False
     shape = input.shape
-    return (
-        len(shape) == 2
-        and (shape[0],) == target.shape
-        and 0 < shape[0] * shape[1] <= _MOST
-        and forward_ad._current_level < 0
-        and not _functorch.get_dynamic_layer_stack_depth()
-        and not _len_torch_dispatch_stack()
-    )
+    return len(shape) == 2 and (shape[0],) == target.shape and 0 < shape[0] * shape[1] <= _MOST
 
 
 class _Odd(Exception):
@@ -98,20 +91,14 @@ class _Small(torch.autograd.Function):
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient; with create_graph one that can be differentiated."""
         input, target, gradient = ctx.saved_tensors
+        upstream = upstreams[0]
         if torch.is_grad_enabled():
-            loss = ctx.differentiable(input, target)
-            (gradient,) = torch.autograd.grad(loss, input, upstreams[0], create_graph=True)
-            return gradient, None, None, None, None
-        scaled = gradient * upstreams[0]
-        if _may_be_odd(upstreams[0]):  # what costs nothing has no gradient whatever it is times
-            scaled = scaled.masked_fill(gradient == 0, 0)
+
+            def loss(input: Tensor) -> tuple[Tensor]:
+                return (ctx.differentiable(input, target),)
+
+            return pull(loss, (input,), (True,), (upstream,))[0], None, None, None, None
+        scaled = gradient * upstream
+        if not math.isfinite(known_factor(upstream)):
+            scaled = scaled.masked_fill(gradient == 0, 0)  # what costs nothing has no gradient
         return scaled, None, None, None, None
-
-
-def _may_be_odd(upstream: Tensor) -> bool:
-    """Whether an upstream gradient is not finite, as far as can be seen."""
-    if _functorch.is_legacy_batchedtensor(upstream):  # is_grads_batched
-        return True
-    if _functorch.is_functorch_wrapped_tensor(upstream):
-        return True
-    return not math.isfinite(upstream.item())

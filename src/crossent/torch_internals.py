@@ -1,0 +1,136 @@
+"""What only torch's private names can tell: the one module that uses them.
+
+Every question is asked for what is known to be safe. A kind of tensor or a mode that nobody here
+has heard of gets the answer no, and with it plain torch operations, which torch makes right.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+from torch._C import _functorch, _len_torch_dispatch_stack
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version as increment_version
+
+_BACKENDS = ("CPU", "CUDA", "XPU", "MPS")  # numbers in memory of their own
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether each tensor is known to be numbers in strided memory, and nobody looks on.
+
+    Not while tracing, compiling, under a ``torch.func`` transform or a dispatch mode; not for
+    functional, batched, fake, sparse or zero tensors, negative views, nor for wrapper subclasses.
+    Only then may a kernel read the memory, or a custom ``autograd.Function`` stand for operations.
+    """
+    if _traced() or transformed():
+        return False
+    return all(t is None or _of_known_kind(t) for t in tensors)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the numbers can be looked at from Python: ``bool(tensor.any())`` works.
+
+    As :func:`plain`, and also inside ``torch.func.grad``, and under ``vmap`` for what has no batch
+    of its own. Checks of values (targets in range, rows counted) run where this holds; where it
+    does not, the result is nan at the place of the error.
+    """
+    if _traced():
+        return False
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor) or _functorch.is_functionaltensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    if not _of_known_kind(tensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform is active; torch.compile can trace this question."""
+    return bool(_functorch.get_dynamic_layer_stack_depth() > 0)
+
+
+def forward_mode() -> bool:
+    """Whether derivatives are propagated forward (``torch.autograd.forward_ad``)."""
+    return forward_ad._current_level >= 0
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether saved tensors go through hooks: offloading, checkpoint, a user's own.
+
+    What forward saves may then be a copy, or be made again later; autograd does not check its
+    version.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def may_overwrite(logits: Tensor, *others: Tensor | None) -> bool:
+    """Whether a gradient may be written over logits that backward would find as they are now.
+
+    Each logit needs memory of its own (no axis steps into the extent of a finer one), which none
+    of the ``others`` shares, and autograd must notice who reads it later.
+    """
+    if not plain(logits, *others) or saved_tensors_hooked():
+        return False
+    memory = logits.untyped_storage().data_ptr()
+    if any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
+        return False
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return False
+            extent += stride * (size - 1)
+    return True
+
+
+def known_factor(upstream: Tensor) -> float:
+    """The number in an upstream gradient (0-d) where reading it costs nothing; else nan."""
+    return upstream.item() if upstream.device.type == "cpu" and plain(upstream) else math.nan
+
+
+@contextmanager
+def autograd_inside_operators() -> Iterator[None]:
+    """Operators run below autograd; inside here it records again."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - excluded):
+        yield
+
+
+def no_torch_function() -> AbstractContextManager[None]:
+    """Subclasses are taken for plain tensors inside here."""
+    guard: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return guard
+
+
+def _traced() -> bool:
+    """Whether operations are recorded, or may be made into others, by someone else."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_dispatch_stack_pre_dispatch() > 0
+    )
+
+
+def _of_known_kind(tensor: Tensor) -> bool:
+    return _are_known(torch._C._dispatch_keys(tensor).raw_repr())
+
+
+@functools.cache
+def _are_known(raw: int) -> bool:
+    """Whether a set of dispatch keys is that of numbers in memory and nothing else."""
+    names = str(torch._C.DispatchKeySet.from_raw_repr(raw))
+    keys = set(names.removeprefix("DispatchKeySet(").removesuffix(")").split(", "))
+    return any(
+        backend in keys
+        and keys <= {backend, "ADInplaceOrView", f"Autograd{backend}", f"Autocast{backend}"}
+        for backend in _BACKENDS
+    )
