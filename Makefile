@@ -48,6 +48,7 @@ bench: setup
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/explain.py
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/memory.py
 
 docs: setup
 	$(BIN)/python scripts/numerics.py

@@ -37,7 +37,7 @@ ALLOWED = {
     "chunks": {"options"},
     "thinning": {"ops"},
     "rowwise": {"backends", "derivatives", "problem", "rows", "thinning", "torch_internals"},
-    "head": {"targets"},
+    "head": {"targets", "torch_internals"},
     "sweep": {"arithmetic", "backends", "chunks", "derivatives", "head", "rowwise", "thinning",
               "torch_internals"},
     "sweep_op": {"arithmetic", "head", "options", "problem", "rowwise", "sweep",
@@ -231,6 +231,22 @@ def test_works_where_optional_packages_are_missing():
         "print(f'{x.grad[0, 0].item():.4e}')"
     )
     assert in_fresh_process(code) == "-2.0612e-09"
+
+
+def test_what_the_readme_writes_works_after_import_crossent():
+    code = (
+        "import crossent\n"
+        "for part in ('integrations.huggingface.compute_loss', 'integrations.fastai.explain',\n"
+        "             'integrations.torchmetrics.Perplexity',\n"
+        "             'metrics.log_loss', 'lazy.LazyLinear', 'testing.budget'):\n"
+        "    found = crossent\n"
+        "    for name in part.split('.'):\n"
+        "        found = getattr(found, name)\n"
+        "print('lazy' in dir(crossent), 'fastai' in dir(crossent.integrations))\n"
+        "for missing in (crossent, crossent.integrations):\n"
+        "    print(hasattr(missing, 'no_such_part'))"
+    )
+    assert in_fresh_process(code).split() == ["True", "True", "False", "False"]
 
 
 def test_source_files_fit_in_the_head():

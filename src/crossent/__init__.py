@@ -8,6 +8,9 @@ tensor([[-0.0596,  0.0596],
         [ 0.1345, -0.1345]])
 """
 
+import importlib
+from types import ModuleType
+
 from .backends import BackendError, Choice
 from .calculus import (
     gradient,
@@ -67,3 +70,16 @@ __all__ = [
     "steps",
     "warn_double_softmax",
 ]
+
+_WHEN_USED = ("integrations", "lazy", "metrics", "testing")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Parts that only some need are imported when they are used: ``crossent.metrics.log_loss``."""
+    if name in _WHEN_USED:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHEN_USED})

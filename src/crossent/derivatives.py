@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .torch_internals import forward_mode, plain
+from .torch_internals import forward_mode, no_autocast, plain
 
 MaybeTensors = tuple[Tensor | None, ...]
 Place = tuple[slice, ...]  # some rows: an index into the leading axes
@@ -39,7 +39,8 @@ def pull(
     differentiated where gradients are being recorded.
     """
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    device = next(t.device.type for t in tensors if t is not None)
+    with torch.enable_grad(), no_autocast(device):  # whatever is on where backward is called
         own = [
             t if t is None or not wanted else _alias(t, again)
             for t, wanted in zip(tensors, needed, strict=True)

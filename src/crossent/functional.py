@@ -85,6 +85,8 @@ def cross_entropy(
 
     With torch's arguments the result has torch's value, shape and dtype. Derivatives of any order,
     forward mode, ``torch.func``, ``torch.compile`` and autocast work as for torch's own functions.
+    No softmax is kept: backward reads the logits again, and raises autograd's error where they have
+    been changed in place since (an edit through ``input.data`` goes unseen, and into the gradient).
 
     Args:
         input: logits (V,), (N, V) or (N, V, d1, ...), floating point. float16 and bfloat16 are
@@ -115,7 +117,8 @@ def cross_entropy(
         return_stats: return ``(loss, Stats)``; see :class:`crossent.Stats`.
         reuse_input: allow backward to write the gradient into the memory of input, which is lost:
             use it where nothing else reads the logits. What needs them later gets autograd's error
-            about a tensor modified in place.
+            about a tensor modified in place. Not done under saved-tensor hooks (offloading,
+            checkpoint), where nobody would notice.
         backend: "auto", or the name of a backend that must serve.
 
     Returns:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .targets import check_dense
+from .torch_internals import no_autocast
 
 
 class Head(NamedTuple):
@@ -28,7 +29,7 @@ class Head(NamedTuple):
     def logits(self) -> Tensor:
         """All logits at once, for derivatives of any kind."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        with torch.autocast(self.input.device.type, enabled=False):
+        with no_autocast(self.input.device.type):
             return F.linear(self.input.to(self.dtype), self.weight.to(self.dtype), bias)
 
 

@@ -25,6 +25,9 @@ from .torch_internals import readable
 
 MaybeTensors = tuple[Tensor | None, ...]
 
+#: Stands where autograd keeps the tensor itself.
+NOTHING = torch.empty(0, device="cpu")
+
 
 class Logits(NamedTuple):
     """Rows of logits, classes on the last axis: a view of the input."""
@@ -45,6 +48,10 @@ class Logits(NamedTuple):
     def of(self, rows: Tensor) -> Logits:
         """The same for other rows, classes on their last axis."""
         return self._replace(rows=rows, source=rows, axis=rows.dim() - 1)
+
+    def bare(self) -> Logits:
+        """The same without its tensors, to be kept where those are saved by autograd."""
+        return self.of(NOTHING).scaled_by(None if self.scale is None else NOTHING)
 
     def scaled_by(self, scale: Tensor | None) -> Logits:
         """The same with another tensor for a logit scale; None where it is a number."""
@@ -91,10 +98,10 @@ class Problem(NamedTuple):
         )
 
     def bare(self) -> Problem:
-        """The same without its tensors, to be kept where those are saved by autograd."""
-        nothing = torch.empty(0)
-        scale = None if self.logits.scale is None else nothing
-        return self.holding(nothing, (nothing, None, None, scale))
+        """The same without its tensors."""
+        return self._replace(
+            logits=self.logits.bare(), target=NOTHING, sample_weight=None, weight=None
+        )
 
     def verified(self) -> Problem:
         """The same problem, once its targets have been looked at, where that can be done.
@@ -163,8 +170,7 @@ class Selection(NamedTuple):
 
     def bare(self) -> Selection:
         """The same without its tensors."""
-        nothing = torch.empty(0)
-        return self.holding(nothing, (nothing, None if self.logits.scale is None else nothing))
+        return self._replace(logits=self.logits.bare(), chosen=NOTHING)
 
     def as_problem(self) -> Problem | None:
         """The loss whose rows are minus these log-probabilities; None for several a row."""

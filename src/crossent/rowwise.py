@@ -197,9 +197,7 @@ class EntropyRows(NamedTuple):
 
     def bare(self) -> EntropyRows:
         """The same without its tensors."""
-        nothing = torch.empty(0)
-        scale = None if self.logits.scale is None else nothing
-        return EntropyRows(self.logits.of(nothing).scaled_by(scale))
+        return EntropyRows(self.logits.bare())
 
     def kept(self) -> Tensor | None:
         """All rows."""

@@ -26,7 +26,7 @@ from .derivatives import RowMap, by_blocks
 from .head import Head
 from .rowwise import RowFunction
 from .thinning import Entries
-from .torch_internals import known_factor, plain, saved_tensors_hooked
+from .torch_internals import known_factor, no_autocast, plain, saved_tensors_hooked
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -52,7 +52,7 @@ def sweep(
     """
     if upstream is None:
         needs = (False, False, False)
-    with torch.autocast(head.input.device.type, enabled=False):
+    with no_autocast(head.input.device.type):
         kept = function.kept()
         rows = head.input.shape[0] if kept is None else kept.shape[0]
         work = _Work(head, plan, min(plan.chunk_rows, rows), needs, dense=kept is None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version as increment_version
 
+_keys, _tracing_state = torch._C._dispatch_keys, torch._C._get_tracing_state
 _BACKENDS = ("CPU", "CUDA", "XPU", "MPS")  # numbers in memory of their own
 
 
@@ -30,7 +31,10 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     if _traced() or transformed():
         return False
-    return all(t is None or _of_known_kind(t) for t in tensors)
+    for tensor in tensors:
+        if tensor is not None and not _are_known(_keys(tensor).raw_repr()):
+            return False
+    return True
 
 
 def readable(tensor: Tensor) -> bool:
@@ -46,7 +50,7 @@ def readable(tensor: Tensor) -> bool:
         if _functorch.is_batchedtensor(tensor) or _functorch.is_functionaltensor(tensor):
             return False
         tensor = _functorch.get_unwrapped(tensor)
-    if not _of_known_kind(tensor):
+    if not _are_known(_keys(tensor).raw_repr()):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -104,6 +108,14 @@ def autograd_inside_operators() -> Iterator[None]:
         yield
 
 
+def no_autocast(device: str) -> AbstractContextManager[None]:
+    """Operations keep the dtypes that they are given inside here."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    guard: AbstractContextManager[None] = torch.autocast(device, enabled=False)
+    return guard
+
+
 def no_torch_function() -> AbstractContextManager[None]:
     """Subclasses are taken for plain tensors inside here."""
     guard: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
@@ -114,14 +126,10 @@ def _traced() -> bool:
     """Whether operations are recorded, or may be made into others, by someone else."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or _tracing_state() is not None
         or _len_torch_dispatch_stack() > 0
         or _len_torch_dispatch_stack_pre_dispatch() > 0
     )
-
-
-def _of_known_kind(tensor: Tensor) -> bool:
-    return _are_known(torch._C._dispatch_keys(tensor).raw_repr())
 
 
 @functools.cache

@@ -218,7 +218,7 @@ def _keep(
     factors = arguments[1:4]
     ctx.save_for_backward(source, *factors, saved)
     ctx.axis, ctx.dtype, ctx.options = problem.logits.axis, problem.logits.dtype, arguments[5:]
-    ctx.row_map = differentiable(problem)
+    ctx.problem, ctx.differentiable = problem.bare(), differentiable
     # Asked now: what is saved under hooks may be shared, without a version that tells.
     ctx.overwrite = problem.options.reuse_input and may_overwrite(source, *factors)
     ctx.set_materialize_grads(False)
@@ -245,10 +245,10 @@ def _differentiable_gradient(
     ctx: Any, source: Tensor, upstream: Tensor, *factors: Tensor | None
 ) -> Tensor:
     """The same gradient through the reference, whose graph autograd can follow."""
-    function: RowMap = ctx.row_map
+    rows = source.movedim(ctx.axis, -1)
+    function: RowMap = ctx.differentiable(ctx.problem.holding(rows, (*factors, None)))
     needed = (True,) + (False,) * (len(function.by_row) - 1)
     pullback = function.pullback(needed, (True,))
-    rows = source.movedim(ctx.axis, -1)
     upstream = upstream.expand(rows.shape[:-1])
     gradient = by_blocks(pullback, rows, *factors, None, upstream)[0]
     return gradient.movedim(-1, ctx.axis)

@@ -137,7 +137,7 @@ def entropy(logits: Logits) -> Tensor:
 def served_entropy(logits: Logits) -> Tensor:
     """:func:`entropy`, with derivatives of any order, a few rows at a time."""
     scale = None if logits.scale is None else logits.scale.to(logits.dtype)
-    bare = logits.of(torch.empty(0)).scaled_by(None if scale is None else torch.empty(0))
+    bare = logits.bare()
 
     def call(rows: Tensor, scale: Tensor | None) -> tuple[Tensor]:
         return (entropy(bare.of(rows).scaled_by(scale)),)

@@ -1,1 +1,19 @@
-"""Where people train: one module for each library, imported only when asked for."""
+"""crossent inside the libraries that people train with; each part needs its library."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_PARTS = ("fastai", "huggingface", "torchmetrics")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A part is imported when it is used: ``crossent.integrations.huggingface.patch(model)``."""
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PARTS})

@@ -1,0 +1,380 @@
+"""Paths that meet: derivatives, hooks, tied tensors, modes and options, each beside torch's own.
+
+Every test here stands for a kind of fault that once gave a wrong number without a word.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from naive import naive_loss
+from torch.autograd import grad
+
+import crossent
+
+ce, lce = crossent.cross_entropy, crossent.linear_cross_entropy
+T = torch.tensor([0, 2, 1])
+
+
+def assert_same(ours, theirs, *leaves, rtol=1e-10):
+    """Value, gradients and second derivatives of two losses of the same leaves."""
+    results = []
+    for loss in (ours(), theirs()):
+        first = grad(loss, leaves, create_graph=True)
+        second = grad(sum((g * g).sum() for g in first), leaves)
+        results.append((loss.detach(), *(g.detach() for g in first), *second))
+    torch.testing.assert_close(*results, rtol=rtol, atol=rtol)
+
+
+def test_kinds_of_targets_keep_their_flags_under_create_graph():
+    for shape in ((1, 3), (3, 3), (2, 3), (3,)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        y = torch.softmax(torch.randn(shape, dtype=torch.float64), -1)
+        assert_same(lambda: ce(x, y), lambda: F.cross_entropy(x, y), x)  # noqa: B023
+        assert_same(
+            lambda: ce(x, y, z_loss=0.1),  # noqa: B023
+            lambda: naive_loss(x, y, z_loss=0.1, dim=-1),  # noqa: B023
+            x,
+        )
+    w = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    f = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)
+    assert_same(lambda: lce(f, w, y), lambda: F.cross_entropy(f @ w.T, y), f, w)
+
+
+HEADS = {
+    "embedding": lambda w: (F.embedding(T, w), w, None),
+    "slice": lambda w: (w[:3], w, None),
+    "bias": lambda w: (w[:3].detach(), w, w.sum(1)),
+    "weight of weight": lambda w: (w[:3], 2 * w, w[:, 0]),
+}
+
+
+@pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+def test_tensors_of_a_head_may_depend_on_each_other(make):
+    w = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def logits():
+        return F.linear(*make(w))
+
+    def linear(function, *more):
+        x, weight, bias = make(w)
+        return function(x, weight, *more, linear_bias=bias)
+
+    assert_same(lambda: linear(lce, T), lambda: F.cross_entropy(logits(), T), w)
+    assert_same(
+        lambda: linear(crossent.linear_entropy).sum(),
+        lambda: -(logits().softmax(1) * logits().log_softmax(1)).sum(),
+        w,
+    )
+    several = T.unsqueeze(1).expand(3, 2)
+    for index in (T, several):
+        assert_same(
+            lambda: linear(crossent.linear_log_prob, index).sum(),  # noqa: B023
+            lambda: (
+                logits().log_softmax(1).gather(1, several[:, : max(1, index.dim())]).sum()  # noqa: B023
+                if index.dim() > 1  # noqa: B023
+                else -F.cross_entropy(logits(), T, reduction="sum")
+            ),
+            w,
+        )
+    losses = linear(lambda *a, **k: lce(*a, reduction="none", **k), T)
+    expected = F.cross_entropy(logits(), T, reduction="none")
+    rows = torch.eye(3, dtype=torch.float64)
+    batched = [grad(v, w, rows, is_grads_batched=True)[0] for v in (losses, expected)]
+    torch.testing.assert_close(*batched)
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-300}, {"reduction": "sum"}], ids=str)
+def test_hooks_on_the_callers_tensors_run_once(options):
+    calls = []
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    x.register_hook(lambda g: calls.append("x") or g * 0.5)
+    w.register_hook(lambda g: calls.append("w") or g * 3)
+    for create_graph in (False, True):
+        ours = grad(ce(x, T, **options), x, create_graph=create_graph)
+        theirs = grad(F.cross_entropy(x, T, reduction=options.get("reduction", "mean")), x)
+        torch.testing.assert_close(ours, theirs)
+        assert calls == ["x", "x"]
+        calls.clear()
+        ours = grad(lce(x, w, T, **options), (x, w), create_graph=create_graph)
+        assert sorted(calls) == ["w", "x"]
+        logits = F.linear(x, w)
+        theirs = grad(
+            F.cross_entropy(logits, T, reduction=options.get("reduction", "mean")), (x, w)
+        )
+        torch.testing.assert_close(ours, theirs)
+        calls.clear()
+
+
+@pytest.mark.parametrize("how", ["save_on_cpu", "hooks", "checkpoint"])
+def test_logits_are_not_overwritten_where_others_would_not_notice(how):
+    x = torch.randn(4, 5, requires_grad=True)
+    t = torch.tensor([0, 1, 2, 3])
+
+    def both(z, reuse):
+        loss = ce(z, t, z_loss=0.1, reuse_input=reuse)
+        return loss + (z * z).sum() + ce(z, t, softcap=3.0, reuse_input=reuse)
+
+    def run(reuse):
+        z = x * 1
+        if how == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                return both(z, reuse)
+        if how == "hooks":
+            with torch.autograd.graph.saved_tensors_hooks(lambda s: s, lambda s: s):
+                return both(z, reuse)
+        return torch.utils.checkpoint.checkpoint(both, z, reuse, use_reentrant=False)
+
+    torch.testing.assert_close(grad(run(True), x), grad(run(False), x))
+
+
+def test_probabilities_that_are_the_logits_memory_are_not_overwritten():
+    z = torch.rand(3, 5)
+    x, y = z.requires_grad_(), z.detach()
+    before = y.clone()
+    (g,) = grad(ce(x, y, reuse_input=True, z_loss=0.1), x)
+    assert torch.equal(y, before)
+    torch.testing.assert_close(g, grad(ce(x, before, z_loss=0.1), x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_halves_are_rounded_once(dtype):
+    x = (0.3 * torch.randn(6, 8)).to(dtype).requires_grad_()
+    w = (0.3 * torch.randn(5, 8)).to(dtype).requires_grad_()
+    t = torch.tensor([0, 1, 2, 3, 4, 0])
+
+    def exact(loss_of, factor=1.0):
+        leaves = [v.detach().double().requires_grad_() for v in (x, w)]
+        return [g.to(dtype) for g in grad(loss_of(*leaves) * factor, leaves)]
+
+    whole = exact(lambda x, w: naive_loss(x @ w.T, t))
+    for size in (1.0, 1e5, 1e-8):  # the mean divides them out again
+        weights = torch.full((6,), size)
+        for got, wanted in zip(
+            grad(lce(x, w, t, sample_weight=weights), (x, w)), whole, strict=True
+        ):
+            assert (got != wanted).float().mean() < 0.02
+    for factor in (65536.0, 3.0):  # a loss scale: tiny gradients do not vanish before it
+        far = (x.detach() * 40).requires_grad_()
+        loss = lce(far, w, t, return_dtype=torch.float32)
+        leaves = [far.detach().double().requires_grad_(), w.detach().double().requires_grad_()]
+        wanted = grad(naive_loss(leaves[0] @ leaves[1].T, t) * factor, leaves)
+        for got, true in zip(grad(loss * factor, (far, w)), wanted, strict=True):
+            normal = (true.abs() > torch.finfo(dtype).tiny) & (true.abs() < torch.finfo(dtype).max)
+            error = (got.double() - true).abs() / true.abs()
+            assert error[normal].max() < 1.1 * torch.finfo(dtype).eps
+
+
+def test_slope_of_a_soft_cap_near_saturation(backend):
+    x = torch.tensor([[0.0, 40.0, 7.0], [12.0, 60.0, -5.0]])
+    t = torch.tensor([1, 1])
+    for cap in (10.0, 7.0):
+        z = x.clone().requires_grad_()
+        (ours,) = grad(ce(z, t, softcap=cap, reduction="sum", backend=backend), z)
+        exact = x.double().requires_grad_()
+        (wanted,) = grad(naive_loss(exact, t, softcap=cap, reduction="sum"), exact)
+        torch.testing.assert_close(ours.double(), wanted, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("function", ["loss", "head", "log_prob", "linear_log_prob"])
+def test_unsigned_numbers_beyond_int64_are_no_class(function):
+    x, w = torch.randn(2, 5), torch.randn(5, 5)
+    for value in (2**64 - 100, 2**63, 2**64 - 1):
+        t = torch.tensor([1, value], dtype=torch.uint64)
+        call = {
+            "loss": lambda: ce(x, t),  # noqa: B023
+            "head": lambda: lce(x, w, t),  # noqa: B023
+            "log_prob": lambda: crossent.log_prob(x, t),  # noqa: B023
+            "linear_log_prob": lambda: crossent.linear_log_prob(x, w, t),  # noqa: B023
+        }[function]
+        with pytest.raises(IndexError, match=r"\[1\] is 2\*\*63 - 2 or more"):
+            call()
+
+
+def test_stats_come_with_every_denominator():
+    x, w, t = torch.randn(3, 5), torch.randn(5, 5), T
+    for denominator in (4, torch.tensor(4), torch.tensor(4.0, requires_grad=True)):
+        for call in (ce(x, t, return_stats=True, denominator=denominator),
+                     lce(x, w, t, return_stats=True, denominator=denominator)):  # fmt: skip
+            _, stats = call
+            assert isinstance(stats, crossent.Stats)
+        torch.testing.assert_close(
+            ce(x, t, return_stats=True, denominator=denominator)[0].detach(),
+            F.cross_entropy(x, t, reduction="sum") / 4,
+        )
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_a_backend_asked_for_by_name_serves_or_refuses(backend):
+    x, w, t = torch.randn(3, 5), torch.randn(5, 5), T
+    several = t.unsqueeze(1).expand(3, 2)
+    scale = torch.tensor(1.0, requires_grad=True)
+    calls = [
+        lambda: crossent.entropy(x, backend=backend),
+        lambda: crossent.log_prob(x, several, backend=backend),
+        lambda: crossent.linear_entropy(x, w, backend=backend),
+        lambda: crossent.linear_log_prob(x, w, several, backend=backend),
+    ]
+    if backend == "triton":
+        calls += [
+            lambda: ce(x, t, backend=backend),
+            lambda: crossent.log_prob(x, t, backend=backend),
+            lambda: lce(x, w, t, backend=backend),
+            lambda: lce(x, w, t, logit_scale=scale, backend=backend),
+            lambda: lce(x[:0], w, t[:0], backend=backend),
+            lambda: crossent.linear_log_prob(x, w, t, backend=backend),
+            lambda: torch.func.grad(lambda z: ce(z, t, backend=backend))(x),
+        ]
+    for call in calls:
+        with pytest.raises(crossent.BackendError, match=f"backend: '{backend}'"):
+            call()
+
+
+class Seeing(torch.Tensor):
+    seen: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_every_function_asks_subclasses():
+    x, w = torch.randn(3, 5), torch.randn(5, 5).as_subclass(Seeing)
+    crossent.linear_log_prob(x, w, T)
+    crossent.linear_entropy(x, w)
+    crossent.linear_log_prob(x, w.as_subclass(torch.Tensor), T.as_subclass(Seeing))
+    for name, count in (("linear_log_prob", 2), ("linear_entropy", 1)):
+        assert Seeing.seen.count(name) == count
+
+
+def test_a_second_backward_has_the_same_bits():
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    t = torch.tensor([0, 1, 2, -100, 4, 0])
+    for options in ({}, {"reduction": "sum"}, {"denominator": 7}, {"chunk_rows": 2}):
+        loss = lce(x, w, t, **options) * 3
+        first = grad(loss, (x, w), retain_graph=True)
+        assert all(map(torch.equal, first, grad(loss, (x, w), retain_graph=True)))
+        assert all(map(torch.equal, first, grad(loss, (x, w))))
+
+
+def test_heads_pass_gradcheck_without_a_tolerance():
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 6), (5, 6), 5))
+    t = torch.tensor([0, 1, -100, 4])
+    for options in ({}, {"reduction": "none"}, {"label_smoothing": 0.1, "z_loss": 0.1}):
+
+        def loss(x, w, b):
+            return lce(x, w, t, linear_bias=b, **options)  # noqa: B023
+
+        assert torch.autograd.gradcheck(loss, (x, w, b))
+        assert torch.autograd.gradgradcheck(loss, (x, w, b))
+
+
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
+def test_rows_that_do_not_count_have_no_gradient_whatever_comes_from_above(factor):
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8)
+    t = torch.tensor([0, -100, 4])
+    for reduction in ("mean", "none"):
+        loss = lce(x, w, t, reduction=reduction)
+        (g,) = grad(loss, x, torch.full_like(loss, factor))
+        assert torch.equal(g[1], torch.zeros(8))
+        assert not g[0].isfinite().any()
+        logits = F.linear(x, w)
+        (g,) = grad(ce(logits, t, reduction=reduction), logits, torch.full_like(loss, factor))
+        assert torch.equal(g[1], torch.zeros(5))
+
+
+def test_autocast_does_not_reach_the_products_of_a_head():
+    x, w, t = torch.randn(6, 32), torch.randn(9, 32), torch.randint(9, (6,))
+    for call in (
+        lambda: lce(x, w, t, logit_scale=torch.tensor(1.0)),
+        lambda: lce(x, w.reshape(9, 1, 32), t.unsqueeze(1)),
+        lambda: crossent.linear_entropy(x, w, logit_scale=torch.tensor(1.0)),
+    ):
+        plain = call()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(call(), plain, rtol=1e-5, atol=1e-6)
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (g,) = grad(lce(leaf, w, t), leaf, create_graph=True)
+    torch.testing.assert_close(g, grad(lce(leaf, w, t), leaf)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_unbatched_features_take_probabilities():
+    x, w = torch.randn(8, requires_grad=True), torch.randn(5, 8)
+    y = torch.softmax(torch.randn(5), 0)
+    torch.testing.assert_close(lce(x, w, y), F.cross_entropy(w @ x, y))
+    none = crossent.linear_log_prob(torch.randn(3, 8), w, torch.zeros(3, 0, dtype=torch.int64))
+    assert none.shape == (3, 0)
+
+
+def test_views_with_a_negative_bit():
+    x = torch.randn(4, 5)
+    t = torch.tensor([0, 1, 2, 3])
+    for reuse in (False, True):
+        z = torch._neg_view(x).requires_grad_()
+        expected = (-x).requires_grad_()
+        for options in ({}, {"z_loss": 0.1}, {"reduction": "none"}):
+            ours, theirs = ce(z, t, reuse_input=reuse, **options), ce(expected, t, **options)
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(grad(ours.sum(), z), grad(theirs.sum(), expected))
+
+
+def test_whole_numbers_may_be_numpys_or_tensors():
+    x, w, t = torch.randn(2, 6, 5), torch.randn(5, 5), torch.randint(5, (2, 6))
+    t[0, 0] = 2
+    for as_int in (np.int64, np.uint8, np.int32, torch.tensor):
+        ours = ce(x, t, ignore_index=as_int(2), dim=as_int(2), shift=as_int(1))
+        assert ours == ce(x, t, ignore_index=2, dim=2, shift=1)
+        assert lce(x, w, t, chunk_rows=as_int(3)) == lce(x, w, t, chunk_rows=3)
+    assert ce(x, t, dim=-1, label_smoothing=np.float32(0.25)) == ce(
+        x, t, dim=-1, label_smoothing=0.25
+    )
+    for wrong in (True, 1.0, "1", torch.tensor(1.0), torch.tensor(True), np.bool_(True)):
+        with pytest.raises(TypeError, match="ignore_index: expected an int"):
+            ce(x, t, dim=-1, ignore_index=wrong)
+
+
+@pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf])
+def test_denominators_are_held_to_the_same_as_tensors(value):
+    for denominator in (value, torch.tensor(value), torch.tensor([value])):
+        for call in (ce, lambda x, t, **more: lce(x, torch.randn(5, 5), t, **more)):
+            with pytest.raises(ValueError, match="denominator: expected a finite number"):
+                call(torch.randn(3, 5), T, denominator=denominator)
+
+
+STRANGE = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), r"to_dense\(\)"),
+    "rows compressed": (lambda: torch.eye(3).to_sparse_csr(), r"to_dense\(\)"),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.randn(2), torch.randn(3)]),
+        "to_padded_tensor",
+    ),
+    "quantised": (
+        lambda: torch.quantize_per_tensor(torch.randn(3, 3), 0.1, 0, torch.qint8),
+        r"dequantize\(\)",
+    ),
+    "float8": (lambda: torch.zeros(3, 3, dtype=torch.float8_e4m3fn), r"float\(\)"),
+    "numpy": (lambda: np.zeros((3, 3), np.float32), "as_tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", STRANGE.values(), ids=STRANGE)
+def test_what_is_no_dense_tensor_is_refused_with_the_fix(case):
+    make, fix = case
+    strange, w = make(), torch.randn(3, 3)
+    for name, call in {
+        "input": lambda: ce(strange, T),
+        "target": lambda: ce(w, strange),
+        "weight": lambda: ce(w, T, strange),
+        "sample_weight": lambda: ce(w, T, sample_weight=strange),
+        "linear_weight": lambda: lce(w, strange, T),
+        "index": lambda: crossent.log_prob(w, strange),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{name}: .*{fix}"):
+            call()
