@@ -82,7 +82,7 @@ class Tables:
     def by_position(self) -> pandas.DataFrame:
         """For each position of a sequence: rows, mean loss, share; one line for plain rows."""
         length = self.source.shape[1] if len(self.source.shape) > 1 else 1
-        position = torch.arange(self.source.total) % length
+        position = torch.arange(self.source.total, device="cpu") % length
         lines = [
             [i, count, total / count, self._part(total)]
             for i, count, total, _ in self._groups(position, length)
@@ -147,9 +147,9 @@ class Tables:
         counted = self.rows.counted
         index = index[counted]
         size = torch.bincount(index, minlength=count)
-        total = torch.zeros(count, dtype=torch.float64)
+        total = torch.zeros(count, dtype=torch.float64, device="cpu")
         total = total.index_add(0, index, self.rows.loss[counted].double())
-        correct = torch.zeros(count, dtype=torch.float64)
+        correct = torch.zeros(count, dtype=torch.float64, device="cpu")
         correct = correct.index_add(0, index, self.rows.correct[counted].double())
         return [
             (i, int(size[i]), float(total[i]), float(correct[i]))
