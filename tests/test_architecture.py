@@ -68,7 +68,7 @@ ALLOWED = {
     "playground": {"pages"},
     "explain.terminal": {"explain.explanation"},
     "explain.plot": {"explain.explanation"},
-    "data": set(),
+    "data": {"arrays"},
     "testing": set(),
     "cli": {"data", "explain", "explain.terminal", "functional", "note", "options", "playground",
             "steps_view", "testing"},

@@ -244,6 +244,17 @@ def test_tables_as_pandas_writes_them(tmp_path, digits):
         assert json.loads(done.stdout)["classes"] == 10
 
 
+def test_tables_of_nullable_numbers(tmp_path, digits):
+    z, t = digits[0][:50], digits[1][:50]
+    frame = pandas.DataFrame(z.numpy(), columns=list("abcdefghij")).astype("Float32")
+    frame.to_parquet(tmp_path / "z.parquet")
+    pandas.DataFrame({"target": t.numpy()}).astype("Int64").to_parquet(tmp_path / "t.parquet")
+    done = command(tmp_path / "z.parquet", tmp_path / "t.parquet", "--json", "-")
+    assert done.exit_code == 0, done.output
+    expected = F.cross_entropy(z, t).item()
+    assert json.loads(done.stdout)["mean"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_broken_archives_are_bad_input(tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")

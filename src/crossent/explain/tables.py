@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What stands at the positions of sequences: its text, or a function from class to text.
 Tokens = Sequence[Sequence[str]] | Callable[[int], str]
 
-_QUANTILES = (0.01, 0.03, 0.1, 0.25, 0.5, 1.0)
+_PERCENT = (1, 3, 10, 25, 50, 100)  # of the rows, the hardest first
 _COMPETITORS = 5
 
 
@@ -94,9 +94,9 @@ class Tables:
         losses = self.rows.loss[self.rows.counted].double().sort(descending=True).values
         running = losses.cumsum(0)
         lines = []
-        for quantile in _QUANTILES if len(losses) else ():
-            count = max(1, math.ceil(quantile * len(losses)))
-            lines.append([quantile, count, self._part(running[count - 1].item())])
+        for percent in _PERCENT if len(losses) else ():
+            count = -(-percent * len(losses) // 100)  # rounded up, exactly: 0.1 * 70 is above 7
+            lines.append([percent / 100, count, self._part(running[count - 1].item())])
         return _frame(lines, ["hardest", "count", "share"])
 
     def name(self, index: int) -> Any:

@@ -148,7 +148,7 @@ class CrossEntropyDiagnostics(Callback):  # type: ignore[misc]  # fastai has no 
             return
         axis = getattr(self.learn.loss_func, "axis", -1)
         logits = self.learn.pred.detach().movedim(axis, -1).cpu().as_subclass(Tensor)
-        target = torch.as_tensor(self.learn.yb[0]).reshape(-1).cpu().as_subclass(Tensor)
+        target = torch.as_tensor(self.learn.yb[0], device="cpu").reshape(-1).as_subclass(Tensor)
         self._kept.append((logits.reshape(-1, logits.shape[-1]), target))
 
     def after_cancel_validate(self) -> None:
