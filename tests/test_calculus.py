@@ -233,3 +233,26 @@ def test_calculus_errors():
     for function in (crossent.softmax, crossent.log_softmax, crossent.softmax_jacobian):
         with pytest.raises(TypeError, match="input: "):
             function(T)
+
+
+def test_a_default_device_changes_nothing():
+    z, t = torch.randn(4, 5), torch.tensor([0, 4, 2, 2])
+    functions = (
+        lambda: crossent.softmax(z),
+        lambda: crossent.log_softmax(z),
+        lambda: crossent.softmax_jacobian(z),
+        lambda: crossent.gradient(z, t),
+        lambda: crossent.hessian(z),
+        lambda: crossent.likelihood(z, t),
+        lambda: crossent.log_likelihood(z, t),
+        lambda: crossent.steps(z, t).probability,
+        lambda: torch.stack([step.torch_value.sum() for step in crossent.steps(z, t)]),
+        lambda: torch.tensor(crossent.playground([1.0, 2.0, 3.0], target=1).logits, device="cpu"),
+    )
+    before, expected = torch.get_default_device(), [function() for function in functions]
+    try:
+        torch.set_default_device("meta")
+        for function, value in zip(functions, expected, strict=True):
+            assert torch.equal(function(), value)
+    finally:
+        torch.set_default_device(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,3 +132,43 @@ def test_nothing_is_mutated(backend):
 def test_backend_error_is_no_silent_fallback():
     with pytest.raises(crossent.BackendError):
         crossent.backend_for(X, T, backend="triton")
+
+
+def nearly(dtype):
+    """How far from one a row's sum may be, just inside the tolerance and just outside."""
+    if dtype.itemsize < 4:
+        return 4 / 256, 6 / 256  # of 0.02, and exact in bfloat16 beside 0.5
+    return 0.97e-3, 1.03e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("way", ["small", "with a gradient", "weight", "large", "sum"])
+def test_rows_that_nearly_sum_to_one(dtype, sign, way, backend):
+    """The tolerance of the double-softmax warning, by each way that a loss is computed."""
+    inside, outside = nearly(dtype)
+    rows = 9000 if way == "large" else 4  # small calls have at most 16384 logits
+    more = {"weight": torch.ones(2)} if way == "weight" else {}
+    more |= {"reduction": "sum"} if way == "sum" else {}
+    if backend != "cpu":  # the small way is of "auto"
+        more["backend"] = backend
+    t = torch.zeros(rows, dtype=torch.int64)
+    for deviation, said in ((0, True), (inside, True), (outside, False)):
+        p = torch.tensor([0.5, 0.5 + sign * deviation]).to(dtype).expand(rows, 2).contiguous()
+        assert p[0].double().sum().item() - 1 == pytest.approx(sign * deviation, abs=1e-7)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            crossent.cross_entropy(p.requires_grad_(way == "with a gradient"), t, **more)
+        found = [w.category for w in seen]
+        assert found == [crossent.DoubleSoftmaxWarning] * said, (deviation, found)
+
+
+def test_the_small_way_hands_on_rows_that_nearly_sum_to_one():
+    """The kernel's own tolerance: beyond it a call need not take the long way."""
+    if crossent.backend_for(torch.zeros(1, 1), torch.tensor([0])).name != "cpu":
+        pytest.skip("no compiled kernels")
+    t = torch.zeros(4, dtype=torch.int64)
+    for deviation, odd in ((0.97e-3, True), (1.03e-3, False), (-0.97e-3, True), (-1.03e-3, False)):
+        p = torch.tensor([0.5, 0.5 + deviation]).expand(4, 2).contiguous()
+        assert bool(torch.ops.crossent.small.default(p, t, -100, True, False)[2]) == odd

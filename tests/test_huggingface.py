@@ -310,3 +310,25 @@ def test_what_cannot_be_served_is_said():
         huggingface.patch(model)
     assert not isinstance(model.lm_head[0], LazyLinear)
     assert F.cross_entropy is not crossent.patching.cross_entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_indices_are_masked_as_signed_ones(dtype):
+    z = torch.randn(2, 5, 300, requires_grad=True)
+    index = torch.arange(10).reshape(2, 5) * 25
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]])
+    for chosen in (index, index.unsqueeze(-1).expand(2, 5, 3)):
+        for kept in (mask, None):
+            truth = huggingface.selective_log_softmax(z, chosen, 1.5, kept)
+            ours = huggingface.selective_log_softmax(z, chosen.to(dtype), 1.5, kept)
+            assert torch.equal(ours, truth)
+
+
+def test_an_index_beyond_int64_is_out_of_range_unless_it_is_masked():
+    z = torch.randn(2, 4)
+    index = torch.tensor([1, -100]).view(torch.uint64)  # 2**64 - 100
+    for mask in (None, torch.tensor([1, 1])):
+        with pytest.raises(IndexError, match="from 0 to 3, got 18446744073709551516"):
+            huggingface.selective_log_softmax(z, index, row_mask=mask)
+    masked = huggingface.selective_log_softmax(z, index, row_mask=torch.tensor([1, 0]))
+    assert masked.tolist() == pytest.approx([z.log_softmax(-1)[0, 1].item(), 0])

@@ -71,7 +71,7 @@ def check(largest: int) -> None:
         broken |= binding and not kept
         _add(table, name, dtype, worst, "kept" if kept else "broken")
     console.print(table)
-    choice = backend_for(torch.zeros(1, 1), torch.tensor([0]))
+    choice = backend_for(torch.zeros(1, 1, device="cpu"), torch.tensor([0], device="cpu"))
     console.print(f"CPU tensors are served by {choice.name}: {choice.reason}")
     console.print(f"torch {torch.__version__}; contract: 4 ulp, 1e-6, target's entry uncancelled")
     if broken:
@@ -191,7 +191,7 @@ def _losses() -> Iterator[tuple[str, torch.dtype, RowLoss, bool]]:
     from .functional import backend_for, cross_entropy
 
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    served = backend_for(torch.zeros(1, 1), torch.tensor([0])).name
+    served = backend_for(torch.zeros(1, 1, device="cpu"), torch.tensor([0], device="cpu")).name
     backends: tuple[Backend, ...] = ("reference", "cpu") if served == "cpu" else ("reference",)
     for backend in backends:
         for dtype in dtypes:

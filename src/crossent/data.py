@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .arrays import from_numpy
+
 NAMES = {"logits": ("logits",), "target": ("target", "targets", "labels")}
 
 
@@ -141,7 +143,7 @@ def _columns(path: Path, what: str, frame: Any) -> Any:
         frame = frame[name] if name is not None else frame.iloc[:, 0]
     else:
         frame = frame.drop(columns=[n for n in NAMES["target"] if n in frame.columns])
-    values = frame.to_numpy()
+    values = from_numpy(what, frame.to_numpy()).numpy()  # nullable numbers, too
     if values.dtype.kind not in "fiu":
         raise DataError(f"{path}: expected numbers, got {values.dtype}")
     if what == "logits":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arrays import as_tensor, check_whole
 from .functional import cross_entropy
 
 
@@ -23,8 +27,9 @@ def log_loss(
 
     .. math:: -\frac{\sum_i w_i \log p_{i, t_i}}{\sum_i w_i}
 
-    From probabilities the value is scikit-learn's, which clips them to [eps, 1 - eps]; from logits
-    nothing is clipped or rounded away.
+    From probabilities the value is scikit-learn's, which clips them to [eps, 1 - eps] and takes
+    rows that do not sum to one as they are, with a warning; from logits nothing is clipped or
+    rounded away. A mean whose weights sum to 0 is nan.
 
     Args:
         y_true: labels (N,) of any kind.
@@ -37,8 +42,9 @@ def log_loss(
     NumPy arrays, pandas objects, tensors, lists, and whatever speaks DLPack.
 
     Raises:
-        ValueError: shapes or labels do not fit together; names the argument.
-        TypeError: neither or both of y_proba and logits.
+        ValueError: shapes or labels do not fit together, or y_proba holds no probabilities; names
+            the argument.
+        TypeError: neither or both of y_proba and logits, or one that holds no plain numbers.
 
     Example:
         >>> from crossent.metrics import log_loss
@@ -50,50 +56,123 @@ def log_loss(
     if (y_proba is None) == (logits is None):
         raise TypeError("log_loss: expected one of y_proba and logits, got both or neither")
     name, given = ("y_proba", y_proba) if logits is None else ("logits", logits)
-    scores = _tensor(given)
+    scores = as_tensor(name, given)
+    if scores.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {scores.dtype}")
     if not scores.is_floating_point():
         scores = scores.double()
-    scores = _two_columns(name, scores)
     if logits is None:
-        eps = torch.finfo(scores.dtype).eps
-        scores = (scores.clamp(eps, 1 - eps) / scores.sum(-1, keepdim=True)).log()
-    target = _encode(y_true, labels, name, scores.shape)
-    weight = None if sample_weight is None else _tensor(sample_weight).to(scores.dtype)
-    loss: Any = cross_entropy(
-        scores,
-        target,
-        reduction="mean" if normalize else "sum",
-        sample_weight=weight,
-        return_dtype=torch.float64,
-    )
-    return float(loss)
+        _check_probabilities(scores)
+    scores = _two_columns(name, scores)
+    target = _encode(y_true, labels, name, tuple(scores.shape)).to(scores.device)
+    loss = _of_probabilities(scores, target) if logits is None else _of_logits(scores, target)
+    return _average(loss, sample_weight, normalize)
 
 
-def neg_log_loss(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+class Scorer:
     """A scorer for scikit-learn, ``scoring=crossent.metrics.neg_log_loss``: minus the log loss.
 
-    Args:
-        estimator: a fitted classifier with ``predict_log_proba`` or ``predict_proba``.
-        X, y, sample_weight: rows, labels, one factor a row.
+    The value is that of scikit-learn's scorer of that name, so that the same model is chosen;
+    classes that a fold's labels lack are known from the estimator. Called with a fitted classifier
+    that has ``predict_proba``, with rows, labels, and one factor a row, ``sample_weight``.
+
+    Where metadata routing is enabled, :meth:`set_score_request` says that the scorer wants weights.
+
+    Example:
+        >>> import pytest
+        >>> _ = pytest.importorskip("sklearn")
+        >>> from sklearn.dummy import DummyClassifier
+        >>> model = DummyClassifier(strategy="prior").fit([[0], [0], [0], [0]], [0, 1, 1, 1])
+        >>> round(crossent.metrics.neg_log_loss(model, [[0], [0]], [0, 1]), 4)
+        -0.837
     """
-    labels = estimator.classes_
-    if hasattr(estimator, "predict_log_proba"):
-        logits = estimator.predict_log_proba(X)
-        return -log_loss(y, logits=logits, sample_weight=sample_weight, labels=labels)
-    return -log_loss(y, estimator.predict_proba(X), sample_weight=sample_weight, labels=labels)
+
+    def __init__(self, sample_weight: bool | str | None = None) -> None:
+        self._wants = sample_weight
+
+    def __call__(self, estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Minus the log loss of what the estimator predicts for X."""
+        proba = estimator.predict_proba(X)
+        return -log_loss(y, proba, sample_weight=sample_weight, labels=estimator.classes_)
+
+    def set_score_request(self, *, sample_weight: bool | str | None) -> Scorer:
+        """A scorer that asks for sample weights; this one, which all share, stays as it is.
+
+        Args:
+            sample_weight: True: scored with them. False: not. A string: they are passed under this
+                name. None: an error if they are passed.
+
+        Returns:
+            The scorer, to be used as ``scoring=``.
+        """
+        asking = copy.copy(self)
+        asking._wants = sample_weight
+        return asking
+
+    def get_metadata_routing(self) -> Any:
+        """What scikit-learn asks of a scorer where metadata routing is enabled."""
+        from sklearn.utils.metadata_routing import MetadataRequest
+
+        request = MetadataRequest(owner=self)
+        request.score.add_request(param="sample_weight", alias=self._wants)
+        return request
+
+    def _accept_sample_weight(self) -> bool:
+        """What scikit-learn asks where metadata routing is not enabled."""
+        return True
+
+    def __repr__(self) -> str:
+        asks = f".set_score_request(sample_weight={self._wants!r})"
+        return "crossent.metrics.neg_log_loss" + ("" if self._wants is None else asks)
 
 
-def _tensor(values: Any) -> Tensor:
-    """A tensor of whatever holds numbers, without a copy where that can be."""
-    if isinstance(values, Tensor):
-        return values.detach()
-    if hasattr(values, "to_numpy"):
-        values = values.to_numpy()
-    if hasattr(values, "__dlpack__") and not hasattr(values, "__array_interface__"):
-        return torch.from_dlpack(values)
-    import numpy as np
+neg_log_loss = Scorer()
 
-    return torch.as_tensor(np.array(values))
+
+def _of_logits(logits: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(logits, target, reduction="none", return_dtype=torch.float64)
+
+
+def _of_probabilities(proba: Tensor, target: Tensor) -> Tensor:
+    """scikit-learn's: clipped in their own type, not normalised."""
+    eps = torch.finfo(proba.dtype).eps
+    total = proba.sum(-1)
+    if bool(((total - 1).abs() > math.sqrt(eps) + 1e-8).any()):
+        warnings.warn(
+            "The y_proba values do not sum to one. Make sure to pass probabilities "
+            "(logits= takes logits).",
+            UserWarning,
+            stacklevel=3,
+        )
+    own = proba.gather(-1, target.unsqueeze(-1)).squeeze(-1).clamp(eps, 1 - eps)
+    return own.double().log().neg()
+
+
+def _average(loss: Tensor, sample_weight: Any, normalize: bool) -> float:
+    """Mean or sum in float64; rows of weight 0 do not count, whatever they hold."""
+    if sample_weight is None:
+        return float(loss.mean() if normalize else loss.sum())
+    weight = as_tensor("sample_weight", sample_weight)
+    if weight.shape != loss.shape:
+        raise ValueError(
+            f"sample_weight: expected shape {tuple(loss.shape)}, one factor a row, got "
+            f"{tuple(weight.shape)}"
+        )
+    weight = weight.to(loss.device, loss.dtype)
+    total = (loss.where(weight != 0, 0) * weight).sum()
+    return float(total / weight.sum() if normalize else total)
+
+
+def _check_probabilities(proba: Tensor) -> None:
+    """Raise for what no probability can be, as scikit-learn does."""
+    if not proba.numel():
+        return
+    low, high = float(proba.min()), float(proba.max())
+    if not (low >= 0 and high <= 1):  # nan, too
+        raise ValueError(
+            f"y_proba: expected probabilities, from 0 to 1, got numbers from {low:g} to {high:g}; "
+            f"for logits say logits="
+        )
 
 
 def _two_columns(name: str, scores: Tensor) -> Tensor:
@@ -102,9 +181,11 @@ def _two_columns(name: str, scores: Tensor) -> Tensor:
         scores = scores.squeeze(1)
     if scores.dim() == 1:
         first = 1 - scores if name == "y_proba" else torch.zeros_like(scores)
-        return torch.stack([first, scores], -1)
+        scores = torch.stack([first, scores], -1)
     if scores.dim() != 2:
         raise ValueError(f"{name}: expected shape (N, V) or (N,), got {tuple(scores.shape)}")
+    if not scores.numel():
+        raise ValueError(f"{name}: expected rows and classes, got shape {tuple(scores.shape)}")
     return scores
 
 
@@ -112,17 +193,46 @@ def _encode(y_true: Any, labels: Any, name: str, shape: tuple[int, ...]) -> Tens
     """Labels as the numbers of their columns."""
     import numpy as np
 
-    true = np.asarray(y_true.cpu() if isinstance(y_true, Tensor) else y_true)
+    true = _labels("y_true", y_true)
     if true.shape != (shape[0],):
         raise ValueError(f"y_true: expected shape ({shape[0]},) as {name} has, got {true.shape}")
-    known = np.unique(true if labels is None else np.asarray(labels))
+    given = true if labels is None else _labels("labels", labels)
+    known = np.unique(given)
     if len(known) != shape[1]:
         raise ValueError(
             f"labels: expected {shape[1]} of them, one a column of {name}, got {len(known)}"
             + ("; say labels= where y_true does not have all of them" if labels is None else "")
+        )
+    if labels is not None and not np.array_equal(known, given):
+        warnings.warn(
+            f"labels: the columns of {name} are taken to be in sorted order, {known.tolist()}, got "
+            f"labels {given.tolist()}",
+            UserWarning,
+            stacklevel=3,
         )
     place = np.searchsorted(known, true).clip(max=len(known) - 1)
     unknown = known[place] != true
     if unknown.any():
         raise ValueError(f"y_true: expected one of labels, got {true[unknown][0]!r}")
     return torch.from_numpy(place)
+
+
+def _labels(name: str, values: Any) -> Any:
+    """Labels as a NumPy array; none may be missing."""
+    import numpy as np
+
+    if isinstance(values, Tensor):
+        return as_tensor(name, values).cpu().numpy()
+    check_whole(name, values)
+    array = np.asarray(values)
+    try:
+        missing = array != array
+        if not np.any(missing):
+            np.unique(array)  # sorts
+            return array
+    except TypeError:  # None or pandas.NA among them
+        pass
+    raise ValueError(
+        f"{name}: expected labels of one kind, got some that are missing or cannot be sorted; "
+        f"leave these rows out"
+    )

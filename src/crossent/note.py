@@ -31,4 +31,4 @@ def note() -> Steps:
         >>> note().mean
         tensor(2.4610)
     """
-    return steps(torch.tensor(ACTIVATIONS), torch.tensor(TARGET))
+    return steps(torch.tensor(ACTIVATIONS, device="cpu"), torch.tensor(TARGET, device="cpu"))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, cast
+from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import cross_entropy as _ours
 from .options import Reduction
 from .reduction import legacy_reduction
+
+_torchs: Callable[..., Tensor] = F.cross_entropy  # what stands there when no patch is active
 
 
 def cross_entropy(
@@ -23,7 +28,14 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """:func:`crossent.cross_entropy` under the signature of torch's function."""
+    """:func:`crossent.cross_entropy` under the signature of torch's function.
+
+    The compiler of ``torch.jit.script`` cannot read ours: scripted code holds torch's.
+    """
+    if torch.jit.is_scripting():
+        return _torchs(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
     return _ours(
         input,
         target,
@@ -34,16 +46,18 @@ def cross_entropy(
     )
 
 
+_lock = threading.RLock()
 _active: list[patch] = []
-_torchs: list[Any] = []  # what stood there before the first of them
 
 
 class patch:
     """Make ``torch.nn.functional.cross_entropy`` and ``torch.nn.CrossEntropyLoss`` ours.
 
-    As a call it lasts until ``.undo()``; as a context manager until the block ends. Modules that
-    exist already, and whatever calls ``F.cross_entropy`` by that name, take part; a name imported
-    earlier (``from torch.nn.functional import cross_entropy``) keeps what it was bound to.
+    As a call it lasts until ``.undo()``; as a context manager until the block ends, the outermost
+    one if one patch is entered several times. Modules that exist already, and whatever calls
+    ``F.cross_entropy`` by that name, in any thread, take part; a name imported earlier
+    (``from torch.nn.functional import cross_entropy``) keeps what it was bound to. Code that
+    ``torch.jit.script`` compiles meanwhile holds torch's function, whose compiler cannot read ours.
 
     Example:
         >>> import torch.nn.functional as F
@@ -56,27 +70,31 @@ class patch:
     """
 
     def __init__(self) -> None:
-        self._apply()
+        self._entered = 0  # blocks that have not ended
+        with _lock:
+            self._apply()
 
     def _apply(self) -> None:
-        if not _active:
-            _torchs.append(F.cross_entropy)
+        global _torchs
+        if not _active and F.cross_entropy is not cross_entropy:  # else left by another's undoing
+            _torchs = F.cross_entropy
             F.cross_entropy = cross_entropy
         _active.append(self)
 
     def undo(self) -> None:
         """Put back torch's, once no other patch is left; a second call does nothing."""
-        if self not in _active:
-            return
-        _active.remove(self)
-        if not _active:
-            before = _torchs.pop()
-            if F.cross_entropy is cross_entropy:  # else someone has patched it since: theirs stays
-                F.cross_entropy = before
+        with _lock:
+            if self not in _active:
+                return
+            _active.remove(self)
+            if not _active and F.cross_entropy is cross_entropy:
+                F.cross_entropy = _torchs  # else someone has patched it since: theirs stays
 
     def __enter__(self) -> patch:
-        if self not in _active:
-            self._apply()
+        with _lock:
+            if self not in _active:
+                self._apply()
+            self._entered += 1
         return self
 
     def __exit__(
@@ -85,4 +103,7 @@ class patch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.undo()
+        with _lock:
+            self._entered -= 1
+            if not self._entered:
+                self.undo()

@@ -66,7 +66,7 @@ def playground(
         >>> "Content-Security-Policy" in page.to_html()
         True
     """
-    values = torch.as_tensor(logits, dtype=torch.float64)
+    values = torch.as_tensor(logits, dtype=torch.float64, device="cpu")
     if values.dim() != 1 or not _LEAST <= len(values) <= _MOST or not bool(values.isfinite().all()):
         raise ValueError(
             f"logits: expected {_LEAST} to {_MOST} finite numbers, got {tuple(values.shape)}"

@@ -58,7 +58,7 @@ class Steps:
     def __iter__(self) -> Iterator[Step]:
         """The steps in order, beside PyTorch's."""
         z = self.activations.detach().clone().requires_grad_()
-        rows = torch.arange(len(self.target))
+        rows = torch.arange(len(self.target), device=self.target.device)
         losses = torch.nn.functional.cross_entropy(z, self.target, reduction="none")
         (slope,) = torch.autograd.grad(losses.sum(), z)
         z, losses = z.detach(), losses.detach()
@@ -161,7 +161,7 @@ def steps(logits: Tensor, target: Tensor) -> Steps:
         exp=z.exp(),
         sum=z.exp().sum(1),
         softmax=o,
-        probability=o[torch.arange(len(target)), target],
+        probability=o[torch.arange(len(target), device=target.device), target],
         nll=losses,
         mean=losses.mean(),
         gradient=gradient,

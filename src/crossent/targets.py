@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arrays import check_plain
 from .options import Options
 from .warn import ClassAxisWarning, warn
 
@@ -16,24 +17,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
             f"{name}: expected a tensor, got {type(tensor).__name__}; convert with "
             f"torch.as_tensor(...), of a pandas object with .to_numpy() first"
         )
-    if tensor.is_nested:
-        raise TypeError(
-            f"{name}: expected a dense tensor, got a nested one; use "
-            f"torch.nested.to_padded_tensor, or torch.cat of its parts"
-        )
-    if tensor.layout is not torch.strided:
-        raise TypeError(
-            f"{name}: expected a dense tensor, got layout {tensor.layout}; convert with "
-            f"{name}.to_dense()"
-        )
-    if tensor.is_quantized:
-        raise TypeError(
-            f"{name}: expected plain numbers, got {tensor.dtype}; convert with {name}.dequantize()"
-        )
-    if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
-        raise TypeError(
-            f"{name}: expected float16 or wider, got {tensor.dtype}; convert with {name}.float()"
-        )
+    check_plain(name, tensor)
 
 
 def check_logits(input: Tensor) -> None:

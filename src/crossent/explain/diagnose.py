@@ -123,7 +123,8 @@ def _shifted(rows: Rows, source: Source) -> Iterator[Suspect]:
     most = max(4, source.within_budget(_LOOKED_AT))  # positions
     length = min(source.shape[1], most)
     sequences = min(source.shape[0], max(1, most // length))
-    places = (torch.arange(sequences)[:, None] * source.shape[1] + torch.arange(length)).flatten()
+    starts = torch.arange(sequences, device="cpu")[:, None] * source.shape[1]
+    places = (starts + torch.arange(length, device="cpu")).flatten()
     logits = source.some(places).float().cpu().reshape(sequences, length, -1)
     target = source.target[:sequences, :length].cpu()
     means = {}
@@ -268,7 +269,7 @@ def _ignored(rows: Rows, source: Source) -> Iterator[Suspect]:
 
 def _spread(source: Source) -> Tensor:
     """Some rows, evenly spread."""
-    places = source.evenly(torch.arange(source.total), _LOOKED_AT)
+    places = source.evenly(torch.arange(source.total, device="cpu"), _LOOKED_AT)
     return source.some(places).float().cpu()
 
 

@@ -35,6 +35,8 @@ class Explanation(Tables):
     suspects: list[Suspect]
     prior_loss: float
     """What predicting the class prior for every row would cost."""
+    note: str = ""
+    """What a reader has to know beside the numbers; shown with them."""
 
     @classmethod
     def of(
@@ -53,7 +55,7 @@ class Explanation(Tables):
             prior = torch.bincount(target, minlength=source.classes).double()
             prior = prior / prior.sum().clamp(min=1)
         else:
-            prior = torch.as_tensor(class_prior, dtype=torch.float64)
+            prior = torch.as_tensor(class_prior, dtype=torch.float64, device="cpu")
             if prior.shape != (source.classes,):
                 raise ValueError(
                     f"class_prior: expected shape ({source.classes},), got {tuple(prior.shape)}"
@@ -135,6 +137,7 @@ class Explanation(Tables):
             "count": self.count,
             "ignored": self.source.total - self.count,
             "classes": self.source.classes,
+            "note": self.note,
             "by_class": _records(self.by_class()),
             "by_pair": _records(self.by_pair().head(max(top, 20))),
             "by_quantile": _records(self.by_quantile()),

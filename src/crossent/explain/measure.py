@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..arrays import as_tensor, check_plain, check_values, check_whole, from_numpy
 from ..functional import cross_entropy
 from ..targets import check_range
 
@@ -28,16 +29,26 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, logits: Any, target: Any, ignore_index: int) -> Source:
         """Check that logits and target fit; nothing is copied."""
+        if isinstance(logits, Tensor):
+            check_plain("logits", logits)
+            check_values("logits", logits)
         if not hasattr(logits, "shape") or len(logits.shape) not in (2, 3):
             raise ValueError(
                 f"logits: expected shape (N, V) or (B, T, V), got "
                 f"{tuple(getattr(logits, 'shape', ())) or type(logits).__name__}"
             )
-        if not isinstance(target, Tensor):
-            target = _from_array(target)
+        logits, target = _in_blocks(logits), as_tensor("target", target)
         shape = tuple(logits.shape[:-1])
         if target.is_floating_point() or target.dtype == torch.bool or target.is_complex():
-            raise TypeError(f"target: expected class indices (integers), got {target.dtype}")
+            missing = target.is_floating_point() and bool(target.isnan().any())
+            raise TypeError(
+                f"target: expected class indices (integers), got {target.dtype}"
+                + (
+                    f"; where one is missing, put {ignore_index}, which is ignored"
+                    if missing
+                    else ""
+                )
+            )
         if tuple(target.shape) != shape:
             raise ValueError(
                 f"target: expected shape {shape} for logits of shape {tuple(logits.shape)}, got "
@@ -45,7 +56,7 @@ class Source(NamedTuple):
             )
         if min(logits.shape) == 0:
             raise ValueError(f"logits: expected rows and classes, got shape {tuple(logits.shape)}")
-        target, classes = target.detach().to(torch.int64), logits.shape[-1]
+        target, classes = target.to(torch.int64), logits.shape[-1]
         check_range("target", target, classes, ignore_index)
         return cls(_flat(logits), target, shape, classes, ignore_index)
 
@@ -58,9 +69,9 @@ class Source(NamedTuple):
         """Logits of some rows of the flattened shape."""
         if len(self.logits.shape) == 2:
             part = self.logits[begin:end]
-            tensor = (part if isinstance(part, Tensor) else _from_array(part)).detach()
+            tensor = part.detach() if isinstance(part, Tensor) else from_numpy("logits", part)
         else:
-            tensor = self.some(torch.arange(begin, end))
+            tensor = self.some(torch.arange(begin, end, device="cpu"))
         if not tensor.is_floating_point():
             raise TypeError(f"logits: expected floating point, got {tensor.dtype}")
         return tensor
@@ -72,7 +83,7 @@ class Source(NamedTuple):
             index = (places // self.shape[1], places % self.shape[1])
         if isinstance(self.logits, Tensor):
             return self.logits.detach()[tuple(i.to(self.logits.device) for i in index)]
-        return _from_array(self.logits[tuple(i.numpy() for i in index)])
+        return from_numpy("logits", self.logits[tuple(i.numpy() for i in index)])
 
     def evenly(self, places: Tensor, most: int) -> Tensor:
         """Some of these rows, evenly spread; no more than may be read again at once."""
@@ -161,8 +172,11 @@ def _flat(logits: Any) -> Any:
     return logits.reshape(-1, logits.shape[-1]) if logits.flags.c_contiguous else logits
 
 
-def _from_array(array: Any) -> Tensor:
-    """A block of a NumPy array, read now if it is memory-mapped."""
+def _in_blocks(logits: Any) -> Any:
+    """A tensor or a NumPy array, which is read block by block; tables and others become one."""
     import numpy as np
 
-    return torch.from_numpy(np.array(array, copy=True))
+    if isinstance(logits, Tensor):
+        return logits
+    check_whole("logits", logits)
+    return logits if isinstance(logits, np.ndarray) else as_tensor("logits", logits)

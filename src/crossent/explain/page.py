@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import io
 import math
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ..pages import page
 from .terminal import FORMATS
@@ -53,6 +52,7 @@ def _sentence(why: Explanation) -> str:
     return (
         f"A mean of {why.mean:.4f} nats over {why.count:,} rows of {why.source.classes:,} classes. "
         f"The hardest 10% of them ({int(told['count']):,}) make {told['share']:.0%} of it."
+        + (f" Note: {why.note}." if why.note else "")
     )
 
 
@@ -190,7 +190,7 @@ def _token(why: Explanation, place: int) -> dict[str, str]:
     if not why.rows.counted[place]:
         return {"text": why.token(place), "shade": "unscored"}
     loss = float(why.loss[place])
-    step = int(torch.searchsorted(torch.tensor(_STEPS), loss, right=True)) if loss == loss else 7
+    step = bisect.bisect_right(_STEPS, loss) if loss == loss else 7
     return {"text": why.token(place), "shade": f"s{step}"}
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What stands at the positions of sequences: its text, or a function from class to text.
 Tokens = Sequence[Sequence[str]] | Callable[[int], str]
 
-_QUANTILES = (0.01, 0.03, 0.1, 0.25, 0.5, 1.0)
+_PERCENT = (1, 3, 10, 25, 50, 100)  # of the rows, the hardest first
 _COMPETITORS = 5
 
 
@@ -82,7 +82,7 @@ class Tables:
     def by_position(self) -> pandas.DataFrame:
         """For each position of a sequence: rows, mean loss, share; one line for plain rows."""
         length = self.source.shape[1] if len(self.source.shape) > 1 else 1
-        position = torch.arange(self.source.total) % length
+        position = torch.arange(self.source.total, device="cpu") % length
         lines = [
             [i, count, total / count, self._part(total)]
             for i, count, total, _ in self._groups(position, length)
@@ -94,9 +94,9 @@ class Tables:
         losses = self.rows.loss[self.rows.counted].double().sort(descending=True).values
         running = losses.cumsum(0)
         lines = []
-        for quantile in _QUANTILES if len(losses) else ():
-            count = max(1, math.ceil(quantile * len(losses)))
-            lines.append([quantile, count, self._part(running[count - 1].item())])
+        for percent in _PERCENT if len(losses) else ():
+            count = -(-percent * len(losses) // 100)  # rounded up, exactly: 0.1 * 70 is above 7
+            lines.append([percent / 100, count, self._part(running[count - 1].item())])
         return _frame(lines, ["hardest", "count", "share"])
 
     def name(self, index: int) -> Any:
@@ -147,9 +147,9 @@ class Tables:
         counted = self.rows.counted
         index = index[counted]
         size = torch.bincount(index, minlength=count)
-        total = torch.zeros(count, dtype=torch.float64)
+        total = torch.zeros(count, dtype=torch.float64, device="cpu")
         total = total.index_add(0, index, self.rows.loss[counted].double())
-        correct = torch.zeros(count, dtype=torch.float64)
+        correct = torch.zeros(count, dtype=torch.float64, device="cpu")
         correct = correct.index_add(0, index, self.rows.correct[counted].double())
         return [
             (i, int(size[i]), float(total[i]), float(correct[i]))

@@ -65,7 +65,7 @@ def as_html(why: Explanation) -> str:
 
 def _summary(why: Explanation) -> Table:
     table = Table(box=None, show_header=False, title="loss", title_justify="left")
-    lines = (
+    lines: tuple[tuple[str, str], ...] = (
         ("mean", f"{why.mean:.4f} nats = {why.bits:.4f} bits, perplexity {why.perplexity:.4g}"),
         ("rows", f"{why.count:,} of {why.source.total:,}, {why.source.classes:,} classes"),
         ("accuracy", f"{why.accuracy:.2%}, among the best five {why.top5:.2%}"),
@@ -75,6 +75,8 @@ def _summary(why: Explanation) -> Table:
         ),
         ("calibration error", f"{why.ece:.4f}"),
     )
+    if why.note:
+        lines += (("note", why.note),)
     for name, value in lines:
         table.add_row(Text(name, "bold"), Text(value))
     return table

@@ -5,12 +5,12 @@ learn = tabular_learner(dls, loss_func=CrossEntropyLossFlat(), cbs=CrossEntropyD
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import ValueMetric
 from torch import Tensor
 
 from ..calculus import softmax
@@ -36,12 +36,38 @@ class CrossEntropyLossFlat:
         self.axis, self.func = axis, CrossEntropyLoss(**options)
 
     def __call__(self, inp: Tensor, targ: Tensor, **more: Any) -> Any:
-        """The loss of predictions against classes of their shape without ``axis``, or (N, 1)."""
-        last = self.axis % inp.dim() == inp.dim() - 1
-        if not last:  # rows in fastai's order
-            inp, targ = inp.transpose(self.axis, -1), targ.transpose(self.axis, -1)
+        """The loss of predictions against their classes.
+
+        Args:
+            inp: predictions, classes on ``axis``.
+            targ: classes of their shape without ``axis``, or with an axis of length one there; or
+                probabilities of their whole shape.
+            more: ``sample_weight`` (a factor for each flattened row) and ``denominator``.
+
+        Returns:
+            The loss; with ``reduction="none"`` one for each flattened row, in the order of
+            ``targ``, but for images (two axes after the classes) column by column, as in fastai.
+        """
+        axis = self.axis % inp.dim()
+        if targ.dim() == inp.dim() and targ.shape[axis] == 1 != inp.shape[axis]:
+            targ = targ.squeeze(axis)
+        after, inp = inp.dim() - 1 - axis, inp.movedim(axis, -1)
+        whole = targ.is_floating_point() and targ.dim() == inp.dim()
+        if whole:
+            targ = targ.movedim(axis, -1)
+        if after == 2:  # fastai swaps the class axis and the last
+            inp = inp.transpose(-3, -2)
+            targ = targ.transpose(-3, -2) if whole else targ.transpose(-2, -1)
         rows = inp.reshape(-1, inp.shape[-1]) if inp.dim() > 2 else inp
-        return self.func(rows, targ.reshape(-1), **more)
+        return self._of_rows(rows, targ.reshape(rows.shape if whole else -1), more)
+
+    def _of_rows(self, rows: Tensor, targ: Tensor, more: dict[str, Any]) -> Any:
+        """The loss; class weights are taken to where the predictions are, for fastai does not."""
+        weight = self.func.weight
+        if weight is None or weight.device == rows.device:
+            return self.func(rows, targ, **more)
+        moved = {"weight": weight.to(rows.device)}
+        return torch.func.functional_call(self.func, moved, (rows, targ), more)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "func":
@@ -89,57 +115,62 @@ class CrossEntropyDiagnostics(Callback):  # type: ignore[misc]  # fastai has no 
     """Shows after each epoch where the validation loss sits; ``learn.explain()`` tells the rest.
 
     Adds two columns to fastai's table: the expected calibration error, and the share of the loss
-    that the hardest tenth of the rows makes. Needs class targets.
+    that the hardest tenth of the rows makes. Needs class targets. What is explained is the plain
+    cross-entropy of the validation rows, each with weight 1; where ``valid_loss`` is something else
+    (class weights, label smoothing, ...) the explanation has a ``note`` that says so.
     """
 
-    order = 45  # before the recorder, which shows the numbers
+    order = 55  # after the recorder has its numbers, before they are shown
 
     def __init__(self, classes: list[str] | None = None) -> None:
         super().__init__()
         self.classes = classes
         self.last: Explanation | None = None
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     def before_fit(self) -> None:
-        """Add the columns, and ``learn.explain``."""
-        self._before = self.learn.metrics
-        mine = [
-            ValueMetric(self._ece, "calibration_error"),
-            ValueMetric(self._tenth, "hardest_10%"),
-        ]
-        self.learn.metrics = list(self._before) + mine
+        """Add the columns to the table, not to ``learn.metrics``; and ``learn.explain``."""
         self.learn.explain = self.explain
-
-    def after_fit(self) -> None:
-        """Leave the metrics as they were."""
-        self.learn.metrics = self._before
+        recorder = getattr(self.learn, "recorder", None)
+        if recorder is not None:
+            names = recorder.metric_names
+            place = len(names) - int(recorder.add_time)
+            recorder.metric_names = names[:place] + list(_COLUMNS) + names[place:]
 
     def before_validate(self) -> None:
-        """Forget the last epoch."""
-        self._logits: list[Tensor] = []
-        self._targets: list[Tensor] = []
+        """Start anew, if these are the validation rows and not those of some prediction."""
+        loaders = self.learn.dls.loaders
+        self._kept = [] if len(loaders) > 1 and self.learn.dl is loaders[1] else None
 
     def after_pred(self) -> None:
         """Keep what the model says of the validation rows."""
-        if self.training or not self.learn.yb:
+        if self.training or self._kept is None or not self.learn.yb:
             return
         axis = getattr(self.learn.loss_func, "axis", -1)
-        logits = torch.Tensor(self.learn.pred.detach().movedim(axis, -1).cpu())
-        self._logits.append(logits.reshape(-1, logits.shape[-1]))
-        self._targets.append(
-            torch.as_tensor(self.learn.yb[0]).reshape(-1).cpu().as_subclass(Tensor)
-        )
+        logits = self.learn.pred.detach().movedim(axis, -1).cpu().as_subclass(Tensor)
+        target = torch.as_tensor(self.learn.yb[0], device="cpu").reshape(-1).as_subclass(Tensor)
+        self._kept.append((logits.reshape(-1, logits.shape[-1]), target))
+
+    def after_cancel_validate(self) -> None:
+        """Part of the rows is not the epoch's loss."""
+        self._kept = None
 
     def after_validate(self) -> None:
-        """Explain the epoch."""
-        if not self._logits:
-            return
-        ignore_index = getattr(self.learn.loss_func, "ignore_index", -100)
-        self.last = explain(
-            torch.cat(self._logits),
-            torch.cat(self._targets),
-            classes=self.classes or self._vocab(torch.cat(self._logits).shape[-1]),
-            ignore_index=ignore_index,
-        )
+        """Explain the epoch, and fill the columns."""
+        kept, self._kept = self._kept, None
+        if kept:
+            logits, target = (torch.cat(part) for part in zip(*kept, strict=True))
+            why = explain(
+                logits,
+                target,
+                classes=self.classes or self._vocab(logits.shape[-1]),
+                ignore_index=getattr(self.learn.loss_func, "ignore_index", -100),
+            )
+            self.last = dataclasses.replace(why, note=self._note(why.mean))
+        recorder = getattr(self.learn, "recorder", None)
+        if recorder is not None and not getattr(recorder, "cancel_valid", False):
+            known = self.last if kept else None
+            recorder.log += [_ece(known), _tenth(known)]
 
     def explain(self) -> Explanation:
         """The last epoch's validation loss, explained."""
@@ -147,16 +178,48 @@ class CrossEntropyDiagnostics(Callback):  # type: ignore[misc]  # fastai has no 
             raise RuntimeError("explain: expected a fitted learner with validation rows, got none")
         return self.last
 
+    def _note(self, mean: float) -> str:
+        """How the plain mean differs from the loss that the learner shows."""
+        loss = self.learn.loss_func
+        options = _options(loss)
+        recorder = getattr(self.learn, "recorder", None)
+        shown = getattr(recorder.loss, "value", None) if recorder is not None else None
+        shown = math.nan if shown is None else float(shown)
+        if not options and not abs(shown - mean) > 0.01 * abs(mean):
+            return ""
+        why = f" with {', '.join(options)}" if options else ""
+        number = f" ({shown:.4f})" if shown == shown else ""
+        return (
+            f"this is the plain cross-entropy of each row; valid_loss{number} is "
+            f"{type(loss).__name__}{why}, averaged over batches"
+        )
+
     def _vocab(self, classes: int) -> list[str] | None:
         vocab = getattr(self.learn.dls, "vocab", None)
         names = [str(name) for name in vocab] if vocab is not None else []
         return names if len(names) == classes else None
 
-    def _ece(self) -> float:
-        return math.nan if self.last is None else self.last.ece
 
-    def _tenth(self) -> float:
-        if self.last is None or not self.last.count:
-            return math.nan
-        table = self.last.by_quantile()
-        return float(table.loc[table["hardest"] == 0.1, "share"].iloc[0])
+_COLUMNS = ("calibration_error", "hardest_10%")
+_USUAL = {"weight": None, "label_smoothing": 0, "eps": 0, "z_loss": 0, "softcap": None,
+          "logit_scale": 1}  # fmt: skip
+_NAMES = {"weight": "class weights", "label_smoothing": "label smoothing", "eps": "label smoothing"}
+
+
+def _options(loss: Any) -> list[str]:
+    """What makes a loss, ours or fastai's, more than the plain cross-entropy."""
+    func = getattr(loss, "func", loss)
+    own = getattr(func, "options", None) or {}
+    values = {n: own.get(n, getattr(func, n, usual)) for n, usual in _USUAL.items()}
+    return [_NAMES.get(n, n) for n, v in values.items() if isinstance(v, Tensor) or v != _USUAL[n]]
+
+
+def _ece(why: Explanation | None) -> float:
+    return math.nan if why is None else why.ece
+
+
+def _tenth(why: Explanation | None) -> float:
+    if why is None or not why.count:
+        return math.nan
+    table = why.by_quantile()
+    return float(table.loc[table["hardest"] == 0.1, "share"].iloc[0])
