@@ -185,7 +185,7 @@ def _thinning(tolerance: float, mode: str) -> Thinning | None:
     if tolerance == 0:
         return None
     unbiased = mode == "unbiased"
-    seed = int(torch.randint(2**62, ())) if unbiased and torch.is_grad_enabled() else 0
+    seed = int(torch.randint(2**62, (), device="cpu")) if unbiased and torch.is_grad_enabled() else 0
     return Thinning(float(tolerance), unbiased, seed)
 
 

@@ -125,7 +125,8 @@ def _settled(
     if wrong:
         problem.verified()  # raises, naming the place
     value, slope = settle(loss, mass)
-    return torch.tensor(value, dtype=problem.logits.result_dtype), slope, saved
+    result = torch.tensor(value, dtype=problem.logits.result_dtype, device="cpu")
+    return result, slope, saved
 
 
 def _derivative_wanted(problem: Problem) -> bool:
