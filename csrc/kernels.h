@@ -54,10 +54,11 @@ CROSSENT_INLINE void forward_block(const Problem<T>& p, int64_t row, int64_t c, 
   const bool raised = top > s.m;
   if (raised) s.raise(top), s.top_block = c;
   if (s.m != -std::numeric_limits<T>::infinity()) {
-    const BlockSum sum = block_sum(z, n, s.m, p.options.stats, ahead_of(p, row, c + n));
-    s.add(sum.below);
+    const Ahead next = ahead_of(p, row, c + n);
+    const BlockSum<T> sum = p.options.stats ? block_sum<T, true>(z, n, s.m, top == s.m, next)
+                                            : block_sum<T, false>(z, n, s.m, top == s.m, next);
     // One of those that equal the maximum is the one that is left out.
-    s.add(raised ? sum.ties - 1 : sum.ties);
+    s.rest += sum.below + (raised ? sum.ties - 1 : sum.ties);
     s.moment += sum.moment;
   }
   if (p.by_index() && p.options.label_smoothing == 0) return;
@@ -66,19 +67,24 @@ CROSSENT_INLINE void forward_block(const Problem<T>& p, int64_t row, int64_t c, 
   if (!p.by_index()) {
     const Tensor2& y = p.probabilities;
     const T* a = read(y.at(row, c), y.dtype, y.class_stride, n, target);
-    const BlockGap g = block_gap(z, a, w, n, m, false);
+    const BlockGap<T> g = block_gap(z, a, w, n, m, false);
     s.mass += g.mass, s.gap += g.gap;
     if (w && p.options.stats) {
-      const BlockGap plain = block_gap(z, a, static_cast<const T*>(nullptr), n, m, false);
+      const BlockGap<T> plain = block_gap(z, a, static_cast<const T*>(nullptr), n, m, false);
       s.plain_mass += plain.mass, s.plain_gap += plain.gap;
     }
   }
   if (p.options.label_smoothing != 0) {
-    const BlockGap u = block_gap(z, static_cast<const T*>(nullptr), w, n, m, true);
+    const BlockGap<T> u = block_gap(z, static_cast<const T*>(nullptr), w, n, m, true);
     s.uniform_mass += u.mass, s.uniform_gap += u.gap, s.open += u.open;
   }
 }
 
+template <class T>
+CROSSENT_INLINE T stored_logit(const Problem<T>& p, int64_t row, int64_t c) {
+  T z{};
+  return *read(p.logits.at(row, c), p.logits.dtype, p.logits.class_stride, 1, &z);
+}
 template <class T>
 CROSSENT_INLINE T scored_logit(const Problem<T>& p, int64_t row, int64_t c) {
   T z;
@@ -102,10 +108,6 @@ CROSSENT_INLINE int64_t argmax_of(const Problem<T>& p, int64_t row, T m, int64_t
     }
   }
   return place;
-}
-
-CROSSENT_INLINE double times(double factor, double x) {  // 0 * inf = 0
-  return factor == 0 && std::isinf(x) ? 0 : factor * x;
 }
 
 // log1p(x) for x >= 0, or nan. In float the error is < 2^-26, without a call: through
@@ -137,31 +139,32 @@ CROSSENT_INLINE void skip_row(const Problem<T>& p, int64_t row) {
 // From what is known of all classes of a row to its outputs.
 template <class T>
 CROSSENT_INLINE void finish_row(const Problem<T>& p, int64_t row, int64_t target, RowState<T> s) {
+  using W = Wide<T>;
   const Options& o = p.options;
   const double nan = std::numeric_limits<double>::quiet_NaN();
   if (s.nan || s.m == -std::numeric_limits<T>::infinity()) s.m = T(nan), s.rest = nan;
 
-  const double rest = s.rest + s.rest_low, log_sum = log1p_(T(), rest);
-  const double lse = double(s.m) + log_sum, eps = o.label_smoothing;
-  double loss = 0, plain = 0, mass = 1, a_mass;
+  const double rest = double(s.rest), log_sum = log1p_(T(), rest), eps = o.label_smoothing;
+  const W lse = W(s.m) + log_sum;
+  W loss = 0, plain = 0, mass = 1, a_mass;
   if (p.by_index()) {
     // The caller raises for a target outside the classes; where it cannot, nan marks the row.
     const bool wrong = target < 0 || target >= p.classes;
     if (wrong) __atomic_store_n(p.wrong, 1, __ATOMIC_RELAXED);
-    plain = wrong ? nan : (double(s.m) - double(scored_logit(p, row, target))) + log_sum;
-    mass = wrong ? nan : p.weight ? double(p.weight[target]) : 1;
+    plain = wrong ? nan : (W(s.m) - W(scored_logit(p, row, target))) + log_sum;
+    mass = wrong ? nan : p.weight ? W(p.weight[target]) : 1;
     loss = times(mass, plain), a_mass = mass;
   } else {
     loss = s.gap + s.mass * log_sum, a_mass = s.mass;
     plain = p.weight ? s.plain_gap + s.plain_mass * log_sum : loss;
   }
   if (eps != 0) {
-    const double smooth = (s.uniform_gap + s.uniform_mass * log_sum) / s.open;
+    const W smooth = (s.uniform_gap + s.uniform_mass * log_sum) / s.open;
     loss = eps < 1 ? (1 - eps) * loss + eps * smooth : smooth;
     a_mass = (1 - eps) * a_mass + eps * s.uniform_mass / s.open;
   }
   if (o.z_loss != 0) loss += o.z_loss * lse * lse;
-  const double factor = p.sample_weight.data ? double(p.sample_weight(row)) : 1;
+  const W factor = p.sample_weight.data ? W(p.sample_weight(row)) : 1;
   p.loss[row - p.first] = T(times(factor, loss));
   p.mass[row - p.first] = T(mass * factor);
   p.saved_at(row, kMaximum) = s.m, p.saved_at(row, kRest) = T(rest);
@@ -186,12 +189,11 @@ CROSSENT_APART void forward_row(const Problem<T>& p, int64_t row) {
   finish_row(p, row, target, s);
 }
 
-// d(scored logit) / d(logit), from the scored logit.
+// d(scored logit) / d(logit), from the logit as it is stored.
 template <class T>
-CROSSENT_INLINE V<T> map_slope(V<T> z, const Options& o) {
-  const T scale = T(o.logit_scale), cap = T(o.softcap);
-  const V<T> t = cap != 0 ? z / cap : V<T>{};
-  return (T(1) - t * t) * scale;
+CROSSENT_INLINE V<T> map_slope(V<T> stored, const Options& o) {
+  if (o.softcap == 0) return splat(T(o.logit_scale));
+  return sech2(stored, o.logit_scale / o.softcap, T(o.logit_scale));
 }
 
 // gradient_c = up ((A + 2 z_loss lse) p_c - a_c), where a is the weighted, smoothed target and A its
@@ -204,8 +206,9 @@ struct RowGradient {
   T uniform, keep;           // eps / open, 1 - eps
   T uniform_mass;            // sum of the class weights that are open
 };
-template <class T, bool kIndex, bool kHuge>
-CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
+// z are the scored logits, `stored` what they were made from.
+template <class T, bool kIndex, bool kFar>
+CROSSENT_INLINE void gradient_block(const T* z, const T* stored, const T* y, const T* w, int n,
                                     const RowGradient<T>& g, const Options& o, Ahead next,
                                     T* out) {
   constexpr int L = kLanes<T>;
@@ -214,8 +217,8 @@ CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
   const T coefficient = g.up * (g.mass + g.tilt) * g.inverse;
   const T subtract = g.up * g.uniform;
   const bool smooth = g.uniform != 0, mapped = o.logit_scale != 1 || o.softcap != 0;
-  const auto step = [&](V<T> x, V<T> u, V<T> a) __attribute__((always_inline)) {
-    const V<T> e = origin.template exp<kHuge>(x) * Exp<T>::kUnscale;
+  const auto step = [&](V<T> x, V<T> s, V<T> u, V<T> a) __attribute__((always_inline)) {
+    const V<T> e = origin.template exp<kFar>(x) * Exp<T>::kUnscale;
     V<T> r;
     if (kIndex) {
       r = e * coefficient;
@@ -227,22 +230,26 @@ CROSSENT_INLINE void gradient_block(const T* z, const T* y, const T* w, int n,
       const V<T> others = x == origin.m ? splat(g.rest_share) : T(1) - p;
       r = (((g.mass - a) + g.tilt) * p - a * others) * g.up;
     }
-    return mapped ? r * map_slope<T>(x, o) : r;
+    return mapped ? r * map_slope<T>(s, o) : r;
   };
   const V<T> one = splat(T(1));
   // The last vector overlaps the one before; it is read first, for `out` may be where z is.
   const int tail = n < L ? 0 : n - L;
   const V<T> last = n < L ? load(z, n, none[0]) : load(z + tail);
+  const V<T> last_stored = n < L ? load(stored, n, T(0)) : load(stored + tail);
   int i = 0;
   for (; i + L <= n; i += L) {
     next(i, L);
-    store(out + i, step(load(z + i), w ? load(w + i) : one, kIndex ? one : load(y + i)));
+    store(out + i, step(load(z + i), load(stored + i), w ? load(w + i) : one,
+                        kIndex ? one : load(y + i)));
   }
   if (i == n) return;
   if (n < L)
-    store(out, n, step(last, w ? load(w, n, T(0)) : one, kIndex ? one : load(y, n, T(0))));
+    store(out, n, step(last, last_stored, w ? load(w, n, T(0)) : one,
+                       kIndex ? one : load(y, n, T(0))));
   else
-    store(out + tail, step(last, w ? load(w + tail) : one, kIndex ? one : load(y + tail)));
+    store(out + tail, step(last, last_stored, w ? load(w + tail) : one,
+                           kIndex ? one : load(y + tail)));
 }
 
 template <class T>
@@ -269,7 +276,9 @@ CROSSENT_INLINE RowGradient<T> prepare_gradient(const Problem<T>& p, int64_t row
 
 // The target's entry: minus the share of the others, so that it never cancels to zero.
 template <class T>
-CROSSENT_INLINE T target_entry(const Problem<T>& p, int64_t target, T z, const RowGradient<T>& g) {
+CROSSENT_INLINE T target_entry(const Problem<T>& p, int64_t row, int64_t target,
+                               const RowGradient<T>& g) {
+  const T z = scored_logit(p, row, target);
   const double w = p.weight ? double(p.weight[target]) : 1;
   const double probability =
       z == g.m ? double(g.inverse) : std::exp(double(z) - double(g.m)) * double(g.inverse);
@@ -278,22 +287,22 @@ CROSSENT_INLINE T target_entry(const Problem<T>& p, int64_t target, T z, const R
   const bool shut = z == -std::numeric_limits<T>::infinity();  // no share of the smoothing
   double entry = double(g.up) * (smooth * probability - double(g.keep) * w * others -
                                  (shut ? 0 : double(g.uniform) * w));
-  if (p.mapped()) entry *= double(map_slope<T>(splat(z), p.options)[0]);
+  if (p.mapped()) entry *= double(map_slope<T>(splat(stored_logit(p, row, target)), p.options)[0]);
   return T(entry);
 }
 
 template <class T>
 CROSSENT_APART void backward_row(const Problem<T>& p, int64_t row) {
-  alignas(64) T buffer[kBlock], target[kBlock], result[kBlock];
+  alignas(64) T buffer[kBlock], scored[kBlock], target[kBlock], result[kBlock];
   const int64_t t = p.by_index() ? p.index(row) : -1;
   const Tensor2& out = p.gradient;
   const bool direct = out.class_stride == 1 && item_size(out.dtype) == sizeof(T);
   const bool ignored = p.by_index() && t == p.options.ignore_index;
   const RowGradient<T> g = prepare_gradient(p, row, ignored ? 0 : t);
-  const bool huge = g.m > Exp<T>::kHuge || g.m < -Exp<T>::kHuge;
+  const bool far = is_far(g.m);
   // Before its gradient overwrites the logit: the memory may be the same.
   const bool has_target = p.by_index() && !ignored && t >= 0 && t < p.classes;
-  const T entry = has_target ? target_entry(p, t, scored_logit(p, row, t), g) : T(0);
+  const T entry = has_target ? target_entry(p, row, t, g) : T(0);
 
   for (int64_t c = 0; c < p.classes; c += kBlock) {
     const int n = int(p.classes - c < kBlock ? p.classes - c : kBlock);
@@ -301,17 +310,19 @@ CROSSENT_APART void backward_row(const Problem<T>& p, int64_t row) {
     if (ignored) {
       for (int i = 0; i < n; ++i) r[i] = 0;
     } else {
-      const T* z = read_logits(p, row, c, n, buffer);
+      const T* stored = read(p.logits.at(row, c), p.logits.dtype, p.logits.class_stride, n, buffer);
+      const T* z = p.mapped() ? scored : stored;
+      if (p.mapped()) map_block(stored, n, p.options, scored);
       const T* w = p.weight ? p.weight + c : nullptr;
       const Ahead next = ahead_of(p, row, c + n);
       if (p.by_index()) {
-        if (huge) gradient_block<T, true, true>(z, nullptr, w, n, g, p.options, next, r);
-        else gradient_block<T, true, false>(z, nullptr, w, n, g, p.options, next, r);
+        if (far) gradient_block<T, true, true>(z, stored, nullptr, w, n, g, p.options, next, r);
+        else gradient_block<T, true, false>(z, stored, nullptr, w, n, g, p.options, next, r);
       } else {
         const Tensor2& y = p.probabilities;
         const T* a = read(y.at(row, c), y.dtype, y.class_stride, n, target);
-        if (huge) gradient_block<T, false, true>(z, a, w, n, g, p.options, next, r);
-        else gradient_block<T, false, false>(z, a, w, n, g, p.options, next, r);
+        if (far) gradient_block<T, false, true>(z, stored, a, w, n, g, p.options, next, r);
+        else gradient_block<T, false, false>(z, stored, a, w, n, g, p.options, next, r);
       }
     }
     if (has_target && t >= c && t < c + n) r[t - c] = entry;

@@ -29,54 +29,41 @@ CROSSENT_INLINE void log1p_lanes(double, const double* x, double* out) {
   for (int l = 0; l < kLanes<double>; ++l) out[l] = std::log1p(x[l]);
 }
 
-// A sum for every lane, and what rounding took from it.
-template <class T>
-struct LaneSum {
-  V<T> sum, lost;
-
-  CROSSENT_INLINE double operator[](int l) const { return double(sum[l]) + double(lost[l]); }
-};
-// Sums over the classes for every lane: eight terms pairwise, then these with their rounding errors
-// kept (Knuth's two-sum), so that the sum is as exact as its terms.
+// Sums over the classes for every lane, four at a time: error as block_sum.
 template <class T, class F>
 CROSSENT_INLINE LaneSum<T> sum_classes(int classes, F term) {
-  LaneSum<T> s{};
-  const auto add = [&](V<T> x) __attribute__((always_inline)) {
-    const V<T> sum = s.sum + x, part = sum - s.sum;
-    s.lost += (s.sum - (sum - part)) + (x - part);
-    s.sum = sum;
-  };
+  LaneSum<T> s;
   int c = 0;
-  for (; c + 8 <= classes; c += 8) {
-    V<T> t[8];
-    for (int k = 0; k < 8; ++k) t[k] = term(c + k);
-    add(((t[0] + t[1]) + (t[2] + t[3])) + ((t[4] + t[5]) + (t[6] + t[7])));
+  for (; c + 4 <= classes; c += 4) {
+    V<T> t[4];
+    for (int k = 0; k < 4; ++k) t[k] = term(c + k);
+    s.add(t);
   }
-  for (; c < classes; ++c) add(term(c));
+  for (; c < classes; ++c) s.add(term(c));
   return s;
 }
 
 template <class T>
 struct LaneGap {
-  V<T> mass, gap;
+  LaneSum<T> mass, gap;
 };
-// As block_gap, for every lane; a(c) is what class c weighs.
+// As narrow_gap, for every lane; a(c) is what class c weighs. `odd` is set where a sum is infinite.
 template <class T, class F>
-CROSSENT_INLINE LaneGap<T> lane_gap(const V<T>* z, int classes, V<T> m, F a) {
+CROSSENT_INLINE LaneGap<T> lane_gap(const V<T>* z, int classes, V<T> m, I<T>& odd, F a) {
   const V<T> none = splat(-std::numeric_limits<T>::infinity());
-  V<T> mass = {}, gap = {};
-  for (int c = 0; c < classes; ++c) {
-    const V<T> w = a(c);
-    mass += w;
-    gap += ((z[c] == none) & (w == T(0))) ? V<T>{} : w * (m - z[c]);
-  }
-  return {mass, gap};
+  const LaneGap<T> g = {sum_classes<T>(classes, a),
+                        sum_classes<T>(classes, [&](int c) __attribute__((always_inline)) {
+                          const V<T> w = a(c);
+                          return ((z[c] == none) & (w == T(0))) ? V<T>{} : w * (m - z[c]);
+                        })};
+  odd |= (g.gap.sum - g.gap.sum != T(0)) | (g.mass.sum - g.mass.sum != T(0));
+  return g;
 }
 
 // finish_row of kernels.h for index targets without smoothing, z-loss and statistics.
 template <class T>
 CROSSENT_INLINE void finish_tile(const Problem<T>& p, int64_t row, int count, const V<T>* z, V<T> m,
-                                 I<T> huge, const LaneSum<T>& below, I<T> ties) {
+                                 I<T> odd, const LaneSum<T>& below, I<T> ties) {
   constexpr int L = kLanes<T>;
   const Targets<T> targets(p, row, count);
   const V<T> picked = targets.look_up(
@@ -88,19 +75,19 @@ CROSSENT_INLINE void finish_tile(const Problem<T>& p, int64_t row, int count, co
 
   alignas(64) double rest[L], log_sum[L];
   for (int l = 0; l < L; ++l)
-    rest[l] = below[l] * double(Exp<T>::kUnscale) + double(ties[l] - 1);
+    rest[l] = double(below[l] * Wide<T>(Exp<T>::kUnscale) + double(ties[l] - 1));
   log1p_lanes(T(), rest, log_sum);
   alignas(64) T loss[L], rests[L];
   for (int l = 0; l < L; ++l) {
     rests[l] = T(rest[l]);
-    loss[l] = T(double(mass[l]) * ((double(m[l]) - double(picked[l])) + log_sum[l]));
+    loss[l] = T(Wide<T>(mass[l]) * ((Wide<T>(m[l]) - Wide<T>(picked[l])) + log_sum[l]));
   }
   const V<T> weighed = mass == T(0) ? V<T>{} : load(loss);  // 0 * inf = 0
   write_numbers(p.loss + (row - p.first), count, targets.dead ? V<T>{} : weighed);
   write_numbers(p.mass + (row - p.first), count, targets.dead ? V<T>{} : mass);
   write_numbers(&p.saved_at(row, kMaximum), count, m);
   write_numbers(&p.saved_at(row, kRest), count, load(rests));
-  const I<T> alone = huge | (~targets.dead & (targets.target < 0));
+  const I<T> alone = odd | (~targets.dead & (targets.target < 0));
   if (any<T>(alone))
     for (int l = 0; l < count; ++l)
       if (alone[l]) forward_row(p, row + l);
@@ -116,15 +103,15 @@ CROSSENT_APART void forward_tile(const Problem<T>& p, int64_t row, int count) {
   map_tile(p, z);
 
   V<T> m = splat(lowest);
-  I<T> nan = {}, huge = {};
+  I<T> nan = {};
   for (int c = 0; c < classes; ++c) {
     m = z[c] > m ? z[c] : m;
     nan |= z[c] != z[c];
   }
-  // Rows that need care are done one by one: nan, infinite and huge maxima, all masked.
+  // Rows that need care are done one by one: nan, infinite and far maxima, all masked, infinite sums.
   const V<T> size = m < T(0) ? -m : m;
-  huge = ~(size <= Exp<T>::kHuge) | nan;
-  const Origin<T> origin(huge ? V<T>{} : m);
+  I<T> odd = ~(size <= Exp<T>::kFar) | nan;
+  const Origin<T> origin(odd ? V<T>{} : m);
   I<T> ties = {};
   const LaneSum<T> below = sum_classes<T>(classes, [&](int c) __attribute__((always_inline)) {
     const I<T> tie = z[c] == m;
@@ -134,7 +121,7 @@ CROSSENT_APART void forward_tile(const Problem<T>& p, int64_t row, int count) {
   LaneSum<T> moment{};
   if (o.stats)
     moment = sum_classes<T>(classes, [&](int c) __attribute__((always_inline)) {
-      return origin.template exp<false>(z[c]) * (origin.m - origin.clamp(z[c]));
+      return origin.template exp<false>(z[c]) * origin.template gap<false>(z[c]);
     });
   LaneGap<T> given{}, plain{}, uniform{};
   V<T> open = {};
@@ -143,31 +130,31 @@ CROSSENT_APART void forward_tile(const Problem<T>& p, int64_t row, int count) {
   };
   if (!p.by_index()) {
     read_tile(p.probabilities, Tile<T>(p.probabilities, row, count, p.rows, classes), classes, y);
-    given = lane_gap<T>(z, classes, m, [&](int c) __attribute__((always_inline)) {
+    given = lane_gap<T>(z, classes, m, odd, [&](int c) __attribute__((always_inline)) {
       return y[c] * weight(c);
     });
     if (p.weight && o.stats)
-      plain = lane_gap<T>(z, classes, m, [&](int c) __attribute__((always_inline)) { return y[c]; });
+      plain = lane_gap<T>(z, classes, m, odd, [&](int c) __attribute__((always_inline)) { return y[c]; });
   }
   if (o.label_smoothing != 0) {
-    uniform = lane_gap<T>(z, classes, m, [&](int c) __attribute__((always_inline)) {
+    uniform = lane_gap<T>(z, classes, m, odd, [&](int c) __attribute__((always_inline)) {
       return z[c] == lowest ? V<T>{} : weight(c);
     });
     for (int c = 0; c < classes; ++c) open += z[c] == lowest ? V<T>{} : splat(T(1));
   }
   if (p.plain() && !o.stats && o.z_loss == 0)
-    return finish_tile(p, row, count, z, m, huge, below, ties);
+    return finish_tile(p, row, count, z, m, odd, below, ties);
   for (int l = 0; l < count; ++l) {
     const int64_t target = p.by_index() ? p.index(row + l) : 0;
-    if (huge[l]) {
+    if (odd[l]) {
       forward_row(p, row + l);
     } else if (p.by_index() && target == o.ignore_index) {
       skip_row(p, row + l);
     } else {
       RowState<T> s;
       s.m = m[l];
-      s.rest = below[l] * double(Exp<T>::kUnscale) + double(ties[l] - 1);
-      s.moment = moment[l] * double(Exp<T>::kUnscale);
+      s.rest = below[l] * Wide<T>(Exp<T>::kUnscale) + double(ties[l] - 1);
+      s.moment = moment[l] * Wide<T>(Exp<T>::kUnscale);
       s.mass = given.mass[l], s.gap = given.gap[l];
       s.plain_mass = plain.mass[l], s.plain_gap = plain.gap[l];
       s.uniform_mass = uniform.mass[l], s.uniform_gap = uniform.gap[l], s.open = open[l];
@@ -182,9 +169,9 @@ CROSSENT_APART void backward_tile(const Problem<T>& p, int64_t row, int count) {
   const int classes = int(p.classes);
   const Options& o = p.options;
   const V<T> none = splat(-std::numeric_limits<T>::infinity());
-  V<T> z[kMaxLaneClasses], y[kMaxLaneClasses];
+  V<T> z[kMaxLaneClasses], y[kMaxLaneClasses], slope[kMaxLaneClasses];
   read_tile(p.logits, Tile<T>(p.logits, row, count, p.rows, classes), classes, z);
-  map_tile(p, z);
+  map_tile(p, z, slope);
   if (!p.by_index())
     read_tile(p.probabilities, Tile<T>(p.probabilities, row, count, p.rows, classes), classes, y);
 
@@ -204,9 +191,9 @@ CROSSENT_APART void backward_tile(const Problem<T>& p, int64_t row, int count) {
       const RowGradient<T> g = prepare_gradient(p, row + l, targets.at[l] < 0 ? 0 : targets.at[l]);
       mass[l] = g.mass, tilt[l] = g.tilt, uniform[l] = g.uniform, uniform_mass[l] = g.uniform_mass;
     }
-  // nan and huge maxima, and targets that are no class, need care.
+  // nan and far maxima, and targets that are no class, need care.
   const V<T> saved_maximum = read_saved(p, row, count, kMaximum);
-  const I<T> usual = (saved_maximum <= Exp<T>::kHuge) & (saved_maximum >= -Exp<T>::kHuge);
+  const I<T> usual = (saved_maximum <= Exp<T>::kFar) & (saved_maximum >= -Exp<T>::kFar);
   const I<T> alone = ~dead & ~(p.by_index() ? usual & (target >= 0) : usual);
   const V<T> m = usual ? saved_maximum : V<T>{}, rest = read_saved(p, row, count, kRest);
   const V<T> inverse = T(1) / (rest + T(1)), rest_share = rest * inverse;
@@ -221,7 +208,9 @@ CROSSENT_APART void backward_tile(const Problem<T>& p, int64_t row, int count) {
   const V<T> share = z_target == none ? V<T>{} : uniform;  // a masked target is not smoothed
   V<T> entry = up * ((uniform * uniform_mass + tilt) * p_target - keep * w_target * others_target -
                      share * w_target);
-  if (mapped) entry = entry * map_slope<T>(z_target, o);
+  if (mapped)
+    entry = entry * targets.look_up(
+        [&](int l, int c) __attribute__((always_inline)) { return slope[c][l]; });
 
   V<T> result[kMaxLaneClasses];
   for (int c = 0; c < classes; ++c) {
@@ -239,7 +228,7 @@ CROSSENT_APART void backward_tile(const Problem<T>& p, int64_t row, int count) {
       const V<T> others = z[c] == m ? rest_share : T(1) - prob;
       r = (((mass - a) + tilt) * prob - a * others) * up;
     }
-    if (mapped) r = r * map_slope<T>(z[c], o);
+    if (mapped) r = r * slope[c];
     r = target == Int(c) ? entry : r;
     result[c] = dead ? V<T>{} : r;
   }

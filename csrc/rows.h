@@ -57,117 +57,160 @@ CROSSENT_INLINE T block_max(const T* z, int n, bool* odd) {
 
 // Sum of exp(z - m) over the elements below m, how many equal m, and if kMoment also the sum of
 // exp(z - m) (m - z). m is finite and at least every element; -inf adds nothing; nan makes nan.
-// Error of the sums: 2 ulp of their terms and that of adding at most 64 of them in a lane.
+// kFar: abs(m) > Exp::kFar. kTies: some element may equal m. Error of the sums, whatever their terms and their number: those of the terms
+// (exp: 2 ulp), and twice half an ulp from adding four at a time; nothing more where four are equal.
+template <class T>
 struct BlockSum {
-  double below, ties, moment;
+  Wide<T> below;
+  double ties;
+  Wide<T> moment;
 };
-template <class T, bool kMoment, bool kHuge>
-CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T maximum, Ahead next) {
+template <class T, bool kMoment, bool kFar, bool kTies>
+CROSSENT_INLINE BlockSum<T> block_sum(const T* z, int n, T maximum, Ahead next) {
   constexpr int L = kLanes<T>;
   const T lowest = -std::numeric_limits<T>::infinity();
   const Origin<T> origin(maximum);
-  V<T> s0 = {}, s1 = {}, u0 = {}, u1 = {};
-  I<T> ties = {};
-  const auto step = [&](V<T> x, V<T>& s, V<T>& u) __attribute__((always_inline)) {
-    const V<T> e = origin.template exp<kHuge>(x);
-    const I<T> tie = x == origin.m;
-    ties -= tie;
-    const V<T> below = tie ? V<T>{} : e;
-    s += below;
-    if (kMoment) u += below * (origin.m - origin.clamp(x));
+  LaneSum<T> sum, moment;
+  I<T> others = {};  // how many are below m, in each lane
+  V<T> e[4], u[4];
+  const auto term = [&](V<T> x, int k) __attribute__((always_inline)) {
+    e[k] = origin.template exp<kFar>(x);
+    if (kTies) {
+      const I<T> below = x != origin.m;
+      others -= below;
+      e[k] = below ? e[k] : V<T>{};
+    }
+    if (kMoment) u[k] = e[k] * origin.template gap<kFar>(x);
   };
   int i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) {
-    next(i, 2 * L);
-    step(load(z + i), s0, u0);
-    step(load(z + i + L), s1, u1);
+  for (; i + 4 * L <= n; i += 4 * L) {
+    next(i, 4 * L);
+    for (int k = 0; k < 4; ++k) term(load(z + i + k * L), k);
+    sum.add(e);
+    if (kMoment) moment.add(u);
   }
-  for (; i < n; i += L) step(i + L <= n ? load(z + i) : load_tail(z, n, lowest), s0, u0);
-  double count = 0;
-  for (int k = 0; k < L; ++k) count += double(ties[k]);
-  constexpr double unscale = Exp<T>::kUnscale;
-  return {(sum_lanes<T>(s0) + sum_lanes<T>(s1)) * unscale, count,
-          (sum_lanes<T>(u0) + sum_lanes<T>(u1)) * unscale};
+  for (; i < n; i += L) {
+    term(i + L <= n ? load(z + i) : load_tail(z, n, lowest), 0);
+    sum.add(e[0]);
+    if (kMoment) moment.add(u[0]);
+  }
+  double ties = 0;
+  if (kTies) ties = (n + L - 1) / L * L;
+  for (int k = 0; k < L && kTies; ++k) ties -= double(others[k]);
+  constexpr Wide<T> unscale = Exp<T>::kUnscale;
+  return {sum.total() * unscale, ties, moment.total() * unscale};
+}
+template <class T, bool kMoment>
+CROSSENT_INLINE BlockSum<T> block_sum(const T* z, int n, T m, bool ties, Ahead next) {
+  if (is_far(m)) return block_sum<T, kMoment, true, true>(z, n, m, next);
+  return ties ? block_sum<T, kMoment, false, true>(z, n, m, next)
+              : block_sum<T, kMoment, false, false>(z, n, m, next);
 }
 
 // Sum of a and of a (m - z), where a class with z = -inf and a = 0 adds nothing; and how many
-// classes are not -inf. `a` is the product of the factors that are not null (one where both are);
-// with `finite_only`, classes at -inf add nothing whatever a is.
-struct BlockGap {
-  double mass, gap, open;
-};
+// classes are not -inf. `a` is the product of the factors that are not null; with `finite_only`, classes
+// at -inf add nothing whatever a is. kUniform: both are null, a is one, and finite_only is meant.
+// Error of the sums as above: that of the terms (3 roundings), and twice half an ulp. What is infinite
+// is nan here.
 template <class T>
-CROSSENT_INLINE BlockGap block_gap(const T* z, const T* y, const T* w, int n, T maximum,
-                                   bool finite_only) {
+struct BlockGap {
+  Wide<T> mass, gap;
+  double open;
+};
+template <class T, bool kUniform>
+CROSSENT_INLINE BlockGap<T> narrow_gap(const T* z, const T* y, const T* w, int n, T maximum,
+                                       bool finite_only) {
   constexpr int L = kLanes<T>;
   const T lowest = -std::numeric_limits<T>::infinity();
   const V<T> m = splat(maximum), none = splat(lowest);
-  V<T> mass = {}, gap = {}, open = {};
-  const auto step = [&](V<T> x, V<T> a, I<T> outside) __attribute__((always_inline)) {
+  LaneSum<T> mass, gap;
+  I<T> open = {};
+  V<T> h[4], g[4];
+  // The factors at i; `last`: in the lanes of the last vector, as load_tail has them.
+  const auto term = [&](int i, int k, bool last) __attribute__((always_inline)) {
+    const auto at = [&](const T* p, T fill) __attribute__((always_inline)) {
+      return last ? load_tail(p, n, fill) : load(p + i);
+    };
+    const V<T> x = at(z, lowest);
     const I<T> shut = x == none;
-    if (finite_only) a = shut ? V<T>{} : a;
-    mass += a;
-    gap += (shut & (a == T(0))) ? V<T>{} : a * (m - x);
-    open += shut | outside ? V<T>{} : splat(T(1));
+    open += shut + 1;
+    if (kUniform) {
+      g[k] = shut ? V<T>{} : m - x;
+      return;
+    }
+    V<T> a = y ? at(y, T(0)) : splat(T(1));
+    if (w) a = a * at(w, T(0));
+    h[k] = a;
+    if (finite_only) h[k] = shut ? V<T>{} : a;
+    g[k] = (shut & (h[k] == T(0))) ? V<T>{} : h[k] * (m - x);
   };
   int i = 0;
-  for (; i + L <= n; i += L) {
-    V<T> a = y ? load(y + i) : splat(T(1));
-    if (w) a = a * load(w + i);
-    step(load(z + i), a, I<T>{});
+  for (; i + 4 * L <= n; i += 4 * L) {
+    for (int k = 0; k < 4; ++k) term(i + k * L, k, false);
+    gap.add(g);
+    if (!kUniform) mass.add(h);
   }
-  if (i < n) {
-    const I<T> outside = outside_tail<T>(n);
-    V<T> a = y ? load_tail(y, n, T(0)) : outside ? V<T>{} : splat(T(1));
-    if (w) a = a * load_tail(w, n, T(0));
-    step(load_tail(z, n, lowest), a, outside);
+  for (; i < n; i += L) {
+    term(i, 0, i + L > n);
+    gap.add(g[0]);
+    if (!kUniform) mass.add(h[0]);
   }
-  return {sum_lanes<T>(mass), sum_lanes<T>(gap), sum_lanes<T>(open)};
+  double count = 0;
+  for (int k = 0; k < L; ++k) count += double(open[k]);
+  return {kUniform ? Wide<T>(count) : mass.total(), gap.total(), count};
+}
+// The same also where sums are infinite, or beyond the largest T: those of masks at the lowest float are.
+template <class T>
+CROSSENT_INLINE BlockGap<T> block_gap(const T* z, const T* y, const T* w, int n, T m,
+                                      bool finite_only) {
+  BlockGap<T> sum = !y && !w
+                        ? narrow_gap<T, true>(z, nullptr, nullptr, n, m, true)
+                        : narrow_gap<T, false>(z, y, w, n, m, finite_only);
+  if (std::isfinite(sum.gap) && std::isfinite(sum.mass)) return sum;
+  sum.mass = sum.gap = 0;
+  for (int i = 0; i < n; ++i) {
+    const bool shut = z[i] == -std::numeric_limits<T>::infinity();
+    const T a = finite_only && shut ? T(0) : (y ? y[i] : T(1)) * (w ? w[i] : T(1));
+    sum.mass += a;
+    if (!shut || a != 0) sum.gap += Wide<T>(a) * (Wide<T>(m) - Wide<T>(z[i]));
+  }
+  return sum;
 }
 
-template <class T>
-CROSSENT_INLINE BlockSum block_sum(const T* z, int n, T m, bool moment, Ahead next) {
-  const bool huge = m > Exp<T>::kHuge || m < -Exp<T>::kHuge;
-  if (huge) return block_sum<T, true, true>(z, n, m, next);
-  return moment ? block_sum<T, true, false>(z, n, m, next)
-                : block_sum<T, false, false>(z, n, m, next);
+CROSSENT_INLINE double times(double factor, double x) {  // 0 * inf = 0
+  return factor == 0 && std::isinf(x) ? 0 : factor * x;
+}
+CROSSENT_INLINE long double times(long double factor, long double x) {
+  return factor == 0 && std::isinf(x) ? 0 : factor * x;
 }
 
 // What is known of the classes of a row that have been seen.
 template <class T>
 struct RowState {
+  using W = Wide<T>;
   T m = -std::numeric_limits<T>::infinity();
-  double rest = 0, rest_low = 0;  // sum of exp(z - m) without the maximum, and its rounding error
-  double moment = 0;              // sum of exp(z - m) (m - z)
-  double mass = 0, gap = 0;       // sum of a, of a (m - z): targets that are probabilities
-  double plain_mass = 0, plain_gap = 0;       // the same without class weights, for statistics
-  double uniform_mass = 0, uniform_gap = 0;   // the same for a uniform target: label smoothing
-  double open = 0;                            // classes that are not -inf
+  W rest = 0;               // sum of exp(z - m) without the maximum
+  W moment = 0;             // sum of exp(z - m) (m - z)
+  W mass = 0, gap = 0;      // sum of a, of a (m - z): targets that are probabilities
+  W plain_mass = 0, plain_gap = 0;      // the same without class weights, for statistics
+  W uniform_mass = 0, uniform_gap = 0;  // the same for a uniform target: label smoothing
+  double open = 0;                      // classes that are not -inf
   bool nan = false;
-  int64_t top_block = -1;                     // where the block of the maximum begins; -1: unknown
+  int64_t top_block = -1;               // where the block of the maximum begins; -1: unknown
 
-  // Sum of two doubles and what rounding took from it (Knuth).
-  CROSSENT_INLINE void add(double x) {
-    const double sum = rest + x, part = sum - rest;
-    rest_low += (rest - (sum - part)) + (x - part);
-    rest = sum;
-  }
-  // A new maximum: everything is counted from there.
+  // A new maximum: everything is counted from there. In W, for a row may raise it in every block, and
+  // a factor that is off by the same in each would add up.
   CROSSENT_INLINE void raise(T to) {
     if (m != -std::numeric_limits<T>::infinity()) {
-      const double up = double(to) - double(m), factor = std::exp(-up);
-      moment = factor * (moment + up * (rest + rest_low + 1));
-      const double had = rest;
-      rest = 0, rest_low *= factor;
-      add(had * factor);
-      add(factor);
-      gap += mass * up;
-      plain_gap += plain_mass * up;
-      uniform_gap += uniform_mass * up;
+      const W up = W(to) - W(m), factor = std::exp(-up);
+      moment = factor * moment + times(factor, up) * (rest + 1);
+      rest = (rest + 1) * factor;
+      gap += times(mass, up);
+      plain_gap += times(plain_mass, up);
+      uniform_gap += times(uniform_mass, up);
     }
     m = to;
   }
-  CROSSENT_INLINE double log_sum() const { return std::log1p(rest + rest_low); }
 };
 
 }  // namespace crossent::CROSSENT_ISA

@@ -78,13 +78,18 @@ struct Points {
 
 // Entries below tau s are replaced by tau s, each as often on average as keeps its expectation; those of
 // one sign by one in each segment of total tau s, so that their sum changes by less than tau s.
+// Returns how many are left at most: a number that is the same whatever is drawn, for a gradient that is
+// kept or thinned by what was drawn would no longer be right on average.
 template <class T>
-void unbiased(const T* g, int64_t classes, int64_t target, T step, uint64_t seed, uint64_t row,
+int64_t unbiased(const T* g, int64_t classes, int64_t target, T step, uint64_t seed, uint64_t row,
               Entries<T>& out) {
   constexpr int64_t kBlock = 64;
   Points above(step, seed, row, 0), below(step, seed, row, 1);
+  double mass_above = 0, mass_below = 0;  // as `passed` of the two, but in an order without draws
+  int64_t kept = 0;
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t end = std::min(classes, begin + kBlock);
+    bool counted = false;
     if (end - begin == kBlock && !(begin <= target && target < end)) {
       T plus[8] = {}, minus[8] = {}, largest[8] = {};
       for (int64_t c = begin; c < end; c += 8)
@@ -97,6 +102,8 @@ void unbiased(const T* g, int64_t classes, int64_t target, T step, uint64_t seed
       double p = 0, m = 0;
       bool small = true;
       for (int k = 0; k < 8; ++k) p += plus[k], m += minus[k], small &= largest[k] < step;
+      counted = small;
+      if (small) mass_above += p, mass_below += m;
       if (small && !above.reached(p) && !below.reached(m)) {
         above.passed += p, below.passed += m;
         continue;
@@ -105,13 +112,16 @@ void unbiased(const T* g, int64_t classes, int64_t target, T step, uint64_t seed
     for (int64_t c = begin; c < end; ++c) {
       const T x = g[c], size = std::fabs(x);
       if (c == target || !(size < step)) {
-        if (x != 0) out.add(c, x);
+        if (x != 0) out.add(c, x), ++kept;
         continue;
       }
+      if (!counted) (x < 0 ? mass_below : mass_above) += size;
       const int points = (x < 0 ? below : above).walk(size);
       if (points) out.add(c, T(points) * (x < 0 ? -step : step));
     }
   }
+  const auto segments = [&](double mass) { return mass > 0 ? int64_t(std::ceil(mass / step)) : 0; };
+  return kept + segments(mass_above) + segments(mass_below);
 }
 
 // The smallest entries are dropped as long as their sizes add up to at most `most`: to a sixteenth of an

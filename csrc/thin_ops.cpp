@@ -25,7 +25,8 @@ const T* numbers(const Tensor& t) {
 
 using Thinned = std::tuple<Tensor, Tensor, Tensor>;
 
-// Rows of `gradient` (n, V) thinned; nothing where more than `limit` entries would be left.
+// Rows of `gradient` (n, V) thinned; nothing where more than `limit` entries could be left. Whether they
+// could depends on the gradient alone, not on what is drawn nor on the threads.
 template <class T>
 Thinned thin_rows(const Tensor& gradient, const Tensor& scale, const Tensor& target,
                   const Tensor& row, double tau, bool is_unbiased, int64_t seed, int64_t limit,
@@ -45,13 +46,12 @@ Thinned thin_rows(const Tensor& gradient, const Tensor& scale, const Tensor& tar
       const size_t before = mine.value.size();
       int64_t left = 0;
       if (is_unbiased)
-        thin::unbiased(g + r * stride, classes, targets[r], T(tau * scales[r]), uint64_t(seed),
-                       uint64_t(ids[r]), mine);
+        left = thin::unbiased(g + r * stride, classes, targets[r], T(tau * scales[r]), uint64_t(seed),
+                              uint64_t(ids[r]), mine);
       else
         left = thin::bounded(g + r * stride, classes, targets[r], tau * double(scales[r]), limit,
                              mine);
       begins[r + 1] = int64_t(mine.value.size() - before);
-      left = std::max(left, begins[r + 1]);
       if (__atomic_add_fetch(&total, left, __ATOMIC_RELAXED) > limit) return;
     }
     const std::lock_guard<std::mutex> lock(guard);

@@ -112,11 +112,13 @@ CROSSENT_INLINE void read_tile(const Tensor2& t, const Tile<T>& tile, int classe
   });
 }
 
+// From logits as they are stored to scored ones; and their slopes where these are wanted.
 template <class T>
-CROSSENT_INLINE void map_tile(const Problem<T>& p, V<T>* z) {
+CROSSENT_INLINE void map_tile(const Problem<T>& p, V<T>* z, V<T>* slope = nullptr) {
   if (!p.mapped()) return;
   const T scale = T(p.options.logit_scale), cap = T(p.options.softcap);
   for (int c = 0; c < p.classes; ++c) {
+    if (slope) slope[c] = map_slope<T>(z[c], p.options);
     z[c] = z[c] * scale;
     if (cap != 0) z[c] = tanh_(z[c] / cap) * cap;
   }

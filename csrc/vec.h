@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "problem.h"
 
@@ -78,16 +79,37 @@ CROSSENT_INLINE To bits(From from) {
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
-// Sums of lanes in a fixed order, in double.
+// What sums of many T are kept in: more digits than T has, and a wider range. (Where long double is
+// double, sums of doubles over more than one block have the rounding of doubles.)
 template <class T>
-CROSSENT_INLINE double sum_lanes(V<T> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
-}
+using Wide = std::conditional_t<sizeof(T) == 4, double, long double>;
+
+// A sum for every lane, and what rounding took from it (Knuth's two-sum): as exact as its terms. Where
+// the sum is infinite, nan.
+template <class T>
+struct LaneSum {
+  V<T> sum{}, lost{};
+
+  CROSSENT_INLINE void add(V<T> x) {
+    const V<T> next = sum + x, part = next - sum;
+    lost += (sum - (next - part)) + (x - part);
+    sum = next;
+  }
+  // Four terms pairwise: each of them is rounded twice, and terms that are equal are not rounded at all.
+  CROSSENT_INLINE void add(const V<T>* x) { add((x[0] + x[1]) + (x[2] + x[3])); }
+
+  CROSSENT_INLINE Wide<T> operator[](int l) const { return Wide<T>(sum[l]) + Wide<T>(lost[l]); }
+  // The sum of all lanes, in a fixed order.
+  CROSSENT_INLINE Wide<T> total() const {
+    Wide<T> all = 0;
+    for (int l = 0; l < kLanes<T>; ++l) all += (*this)[l];
+    return all;
+  }
+};
 
 // exp comes out times kScale, a power of two, so that nothing on the way is subnormal: where the sum of
-// a row is tiny, all of its digits are there. kLow is so far down that exp of it, unscaled, is 0.
+// a row is tiny, all of its digits are there. kLow is so far down that exp of it, unscaled, is 0. From
+// abs(m) > kFar on, z - m is exact wherever it is above kLow (Sterbenz: z and m are that much alike).
 template <class T>
 struct Exp;
 template <>
@@ -95,7 +117,7 @@ struct Exp<float> {
   static constexpr int kMantissa = 23, kShift = 64;
   static constexpr float kScale = 0x1p64f, kUnscale = 0x1p-64f;
   static constexpr float kMagic = 12582912.0f + kShift;  // 1.5 * 2^23: adding it rounds to integers
-  static constexpr float kLow = -130.0f, kHuge = 0x1p20f;
+  static constexpr float kLow = -130.0f, kFar = 0x1p20f;
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
 };
 template <>
@@ -103,7 +125,7 @@ struct Exp<double> {
   static constexpr int kMantissa = 52, kShift = 256;
   static constexpr double kScale = 0x1p256, kUnscale = 0x1p-256;
   static constexpr double kMagic = 6755399441055744.0 + kShift;  // 1.5 * 2^52
-  static constexpr double kLow = -850.0, kHuge = 0x1p50;
+  static constexpr double kLow = -850.0, kFar = 0x1p50;
   static constexpr double kLn2Hi = 6.93145751953125e-1, kLn2Lo = 1.42860682030941723212e-6;
 };
 
@@ -141,12 +163,34 @@ CROSSENT_INLINE V<float> exp_reduced(V<float> r) {  // Cephes
   return (p * r * r + r) + 1.0f;
 }
 
+template <class T>
+CROSSENT_INLINE bool is_far(T m) {
+  return m > Exp<T>::kFar || m < -Exp<T>::kFar;
+}
+
+// kScale exp(d + error) for kLow <= d <= 0 and an error far below 1; nan for nan. Error < 2 ulp.
+template <class T>
+CROSSENT_INLINE V<T> exp_scaled(V<T> d, V<T> error) {
+  using C = Exp<T>;
+  const V<T> shifted = d * T(1.44269504088896340736) + C::kMagic;
+  const V<T> n = shifted - C::kMagic;
+  return scale_by<T>(exp_reduced(((d - n * C::kLn2Hi) - n * C::kLn2Lo) + error), shifted);
+}
+
+// z - m, but at least kLow, also where it is below the lowest float; nan for nan.
+template <class T>
+CROSSENT_INLINE V<T> difference(V<T> z, V<T> m) {
+  const V<T> d = z - m;
+  return d < Exp<T>::kLow ? splat(Exp<T>::kLow) : d;
+}
+
 // Where exp(z - m) is measured from: a finite m, prepared once for many z.
 //
 // exp gives kScale exp(z - m) for z <= m: less than any float where z <= m + kLow, nan for nan.
 // Error < 2 ulp however large the gap, where the rounding of z - m alone would cost 32 ulp at a gap of
 // 80: that error is known exactly (Knuth's two-sum) and goes into the reduced argument.
-// With kHuge, for abs(m) > Exp::kHuge, where neighbouring floats are further apart than kLow: 0 or 1.
+// kFar says that abs(m) > Exp::kFar, up to the largest float: then there is no such error, but m + kLow
+// may be no other number than m. gap gives m - z, but at most -kLow.
 template <class T>
 struct TwoSum {
   V<T> m, low;
@@ -154,15 +198,15 @@ struct TwoSum {
   CROSSENT_INLINE explicit TwoSum(V<T> at) : m(at), low(at + Exp<T>::kLow) {}
   CROSSENT_INLINE V<T> clamp(V<T> z) const { return z < low ? low : z; }
 
-  template <bool kHuge>
+  template <bool kFar>
   CROSSENT_INLINE V<T> exp(V<T> z) const {
-    using C = Exp<T>;
-    if (kHuge) return z == m ? splat(C::kScale) : (z == z ? V<T>{} : z);
+    if (kFar) return exp_scaled<T>(difference<T>(z, m), V<T>{});
     const V<T> c = clamp(z), d = c - m, minus_m = d - c;
-    const V<T> error = (c - (d - minus_m)) - (m + minus_m);
-    const V<T> shifted = d * T(1.44269504088896340736) + C::kMagic;
-    const V<T> n = shifted - C::kMagic;
-    return scale_by<T>(exp_reduced(((d - n * C::kLn2Hi) - n * C::kLn2Lo) + error), shifted);
+    return exp_scaled<T>(d, (c - (d - minus_m)) - (m + minus_m));
+  }
+  template <bool kFar>
+  CROSSENT_INLINE V<T> gap(V<T> z) const {
+    return kFar ? -difference<T>(z, m) : m - clamp(z);
   }
 };
 
@@ -179,7 +223,7 @@ struct Origin : TwoSum<T> {
 //   fma(z, log2(e), -(n + hi)) + (z (log2(e) - its float) - lo).
 template <>
 struct Origin<float> {
-  typedef double Wide __attribute__((vector_size(2 * CROSSENT_VECTOR_BYTES)));
+  typedef double Doubles __attribute__((vector_size(2 * CROSSENT_VECTOR_BYTES)));
   static constexpr float kLog2e = 1.44269504088896340736f, kRest = 1.92596299112661746887e-8f;
   V<float> m, low, hi, lo;
 
@@ -188,16 +232,20 @@ struct Origin<float> {
     // Adding 3 * 2^e rounds to multiples of 2^(e - 23), where 2^e <= 1.5 abs(m) + 256.
     const V<float> size = (m < 0.0f ? -m : m) * 1.5f + 256.0f;
     const V<float> magic = bits<V<float>>(bits<I<float>>(size) & 0x7f800000) * 3.0f;
-    const Wide scaled = __builtin_convertvector(m, Wide) * 1.44269504088896340736;
+    const Doubles scaled = __builtin_convertvector(m, Doubles) * 1.44269504088896340736;
     hi = (__builtin_convertvector(scaled, V<float>) + magic) - magic;
-    lo = __builtin_convertvector(scaled - __builtin_convertvector(hi, Wide), V<float>);
+    lo = __builtin_convertvector(scaled - __builtin_convertvector(hi, Doubles), V<float>);
   }
   CROSSENT_INLINE V<float> clamp(V<float> z) const { return z < low ? low : z; }
 
-  template <bool kHuge>
+  template <bool kFar>
+  CROSSENT_INLINE V<float> gap(V<float> z) const {
+    return kFar ? -difference<float>(z, m) : m - clamp(z);
+  }
+  template <bool kFar>
   CROSSENT_INLINE V<float> exp(V<float> z) const {
     using C = Exp<float>;
-    if (kHuge) return z == m ? splat(C::kScale) : (z == z ? V<float>{} : z);
+    if (kFar) return exp_scaled<float>(difference<float>(z, m), V<float>{});
     const V<float> c = clamp(z);
     const V<float> shifted = (c * kLog2e - hi) + C::kMagic;
     const V<float> n = shifted - C::kMagic;
@@ -221,10 +269,38 @@ CROSSENT_INLINE V<float> tanh_(V<float> x) {
   const V<float> t = a < 0.25f ? near : (x < 0.0f ? -far : far);
   return x == x ? t : x;
 }
-CROSSENT_INLINE V<double> tanh_(V<double> x) {
+CROSSENT_INLINE V<double> tanh_(V<double> x) {  // the C library's: error < 3 ulp
   V<double> t{};
   for (int i = 0; i < kLanes<double>; ++i) t[i] = std::tanh(x[i]);
   return t;
+}
+
+// The first half of the digits of a float: with the second half, products are exact (Dekker).
+template <class X>
+CROSSENT_INLINE X upper_half(X x) {
+  using Bits = std::conditional_t<std::is_same_v<X, float>, int32_t, I<float>>;
+  return bits<X>(bits<Bits>(x) & -4096);
+}
+
+// The slope of tanh: sech^2(k z) = 4 e / (1 + e)^2 with e = exp(-2 abs(k z)), where 1 - tanh^2 would
+// cancel; times `factor`; nan for nan. Relative error < 5e-7 (of doubles: < 1e-12) wherever it is a
+// normal number: what rounding takes from k z is kept, for exp makes a relative error of it.
+CROSSENT_INLINE V<float> sech2(V<float> z, double k, float factor) {
+  const double twice = 2 * std::fabs(k), lowest = double(Exp<float>::kLow) / twice;
+  const float most = std::numeric_limits<float>::max(), low = lowest < -most ? -most : float(lowest);
+  const V<float> minus = z < 0.0f ? z : -z, x = minus < low ? splat(low) : minus;
+  const float k1 = float(twice), k_upper = upper_half(k1), k_lower = k1 - k_upper;
+  const V<float> x_upper = upper_half(x), x_lower = x - x_upper, d = x * k1;
+  const V<float> lost = (x_upper * k_upper - d) + x_upper * k_lower + x_lower * k_upper +
+                        x_lower * k_lower + x * float(twice - k1);
+  const V<float> e = exp_scaled<float>(d, lost), one = e * Exp<float>::kUnscale + 1.0f;
+  return e * 4.0f / (one * one) * 0x1p-32f * (0x1p-32f * factor);  // kUnscale, in two halves
+}
+CROSSENT_INLINE V<double> sech2(V<double> z, double k, double factor) {
+  const V<double> x = (z < 0.0 ? z : -z) * (2 * std::fabs(k));
+  const V<double> e = exp_scaled<double>(difference<double>(x, V<double>{}), V<double>{});
+  const V<double> one = e * Exp<double>::kUnscale + 1.0;
+  return e * 4.0 / (one * one) * 0x1p-128 * (0x1p-128 * factor);
 }
 
 }  // namespace crossent::CROSSENT_ISA

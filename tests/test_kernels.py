@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import mpmath
 import psutil
 import pytest
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 
 import crossent
 from crossent.backends import cpu
-from crossent.testing import budget, hard_rows, measure
+from crossent.testing import budget, hard_rows, measure, repeated_rows, truth, ulp
 
 pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING)
 
@@ -335,7 +337,7 @@ def test_strange_rows_are_the_references(classes, smoothing):
     x[2] = -inf
     x[3, 2] = inf
     x[4, 1] = nan
-    x[5, 0], x[5, 1] = 3e38, -3e38
+    x[5, 0], x[5, 1] = 1e38, -1e38
     t = torch.tensor([1, 0, 0, 2, 2, 1, 1])
     results = []
     for backend in ("cpu", "reference"):
@@ -474,6 +476,134 @@ def test_contract_of_long_rows(dtype):
         if case.name in ("peaked on the target, V=131072", "flat, V=262144"):
             errors = measure(loss, case)
             assert errors.within(budget(dtype)), (case.name, errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_terms_do_not_add_up_their_errors(dtype):
+    for case, losses in repeated_rows(dtype, 50257, count=8):
+        got = crossent.cross_entropy(case.logits, case.target, reduction="none", backend="cpu")
+        for ours, true in zip(got.tolist(), losses, strict=True):
+            assert abs(mpmath.mpf(ours) - true) <= 4 * ulp(true, dtype), case.name
+
+
+def far_rows(dtype, classes):
+    """Rows at powers of two up to the largest number, with classes that are neighbouring floats."""
+    info = torch.finfo(dtype)
+    exponents = range(4, math.frexp(info.max)[1], 3)
+    size = torch.tensor([2.0**e for e in exponents], dtype=dtype)
+    size = torch.cat((size, -size, torch.tensor([info.max, -1e7, 2e6], dtype=dtype)))
+    step = (size.abs() * info.eps).clamp(min=0.25)
+    z = size[:, None] - step[:, None] * (torch.arange(classes) % 5)
+    z[:, 3:9] = torch.tensor([info.min, -torch.inf] * 3, dtype=dtype)[: max(0, classes - 3)]
+    return z.clamp(min=info.min).where(z != -torch.inf, -torch.inf)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12, 300, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_far_logits_are_as_exact_as_others(dtype, classes):
+    """Differences of huge logits are exact: loss, entropy and gradient, rows and tiles."""
+    z = far_rows(dtype, classes)
+    t = torch.arange(len(z)) % min(classes, 3)
+    known = []
+    for row, target in zip(z, t.tolist(), strict=True):
+        loss, _ = truth(row[row >= row.max() - 2000], 0)  # of class 0, the maximum
+        known.append(loss + (mpmath.mpf(float(row[0])) - mpmath.mpf(float(row[target]))))
+    for x in (z, z.t().contiguous().t()):
+        x = x.clone().requires_grad_()
+        loss, stats = crossent.cross_entropy(
+            x, t, reduction="none", return_stats=True, backend="cpu"
+        )
+        (slope,) = torch.autograd.grad(loss.sum(), x)
+        for ours, true in zip(loss.tolist(), known, strict=True):
+            assert abs(mpmath.mpf(ours) - true) <= 4 * ulp(true, dtype)
+        exact = torch.softmax((z - z[:, :1]).double(), -1)
+        gap = (z[:, :1] - z).double().clamp(max=2000)  # the maximum stands first
+        rest, moment = (-gap).exp()[:, 1:].sum(-1), ((-gap).exp() * gap).sum(-1)
+        entropy = rest.log1p() + moment / (1 + rest)
+        torch.testing.assert_close(stats.entropy.double(), entropy, rtol=1e-6, atol=1e-30)
+        exact[torch.arange(len(z)), t] -= 1
+        exact[t == 0, 0] = -(rest / (1 + rest))[t == 0]
+        torch.testing.assert_close(slope.double(), exact, rtol=2e-6, atol=1e-30)
+
+
+def test_far_logits_through_options():
+    ce, t = crossent.cross_entropy, torch.tensor([0])
+    one = torch.tensor(1.0)
+    truth_of_two, truth_of_three = 0.31326168751822, 0.40760596444438
+    for backend in ("cpu", "auto"):
+        two = ce(torch.tensor([[2e6, 2e6 - 1]]), t, backend=backend)
+        torch.testing.assert_close(two, one * truth_of_two, rtol=3e-7, atol=0)
+        masked = ce(torch.full((1, 3), -1e7) + torch.tensor([0.0, -1, -2]), t, backend=backend)
+        torch.testing.assert_close(masked, one * truth_of_three, rtol=3e-7, atol=0)
+        scaled = ce(torch.tensor([[4000.0, 3999.0]]), t, logit_scale=1024.0, backend=backend)
+        assert scaled == 0  # a gap of 1024, not of 1
+        close = torch.tensor([[4096.0, 4096.0 - 2**-11]])
+        scaled = ce(close, t, logit_scale=2048.0, backend=backend)
+        torch.testing.assert_close(scaled, one * truth_of_two, rtol=3e-7, atol=0)
+        soft = ce(torch.tensor([[2e6, 2e6 - 1]]), torch.tensor([[0.5, 0.5]]), backend=backend)
+        torch.testing.assert_close(soft, one * (truth_of_two + 0.5), rtol=3e-7, atol=0)
+        smooth = ce(torch.tensor([[2e6, 2e6 - 1]]), t, label_smoothing=0.5, backend=backend)
+        torch.testing.assert_close(smooth, one * (truth_of_two + 0.25), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("classes", [4, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_masks_at_the_lowest_number_cost_what_they_weigh(dtype, classes):
+    """Gaps whose sum, or that themselves, are beyond the largest number: their mean is not."""
+    lowest = torch.finfo(dtype).min
+    z = torch.zeros(2, classes, dtype=dtype)
+    z[:, 1:3] = lowest
+    z[1, 0] = -lowest / 4
+    t = torch.zeros(2, dtype=torch.long)
+    y = torch.zeros(2, classes, dtype=dtype)
+    y[:, 0], y[:, 1] = 0.75, 0.25
+    for x in (z, z.t().contiguous().t()):
+        loss = (
+            crossent.cross_entropy(x, t, label_smoothing=0.1, reduction="none", backend="cpu")
+            / -lowest
+        )
+        others = classes - 3
+        mean = torch.tensor([2.0, 2 * 1.25 + 0.25 * others], dtype=dtype) / classes
+        torch.testing.assert_close(loss, 0.1 * mean)
+        loss = crossent.cross_entropy(x, y, reduction="none", backend="cpu") / -lowest
+        torch.testing.assert_close(loss, torch.tensor([0.25, 0.3125], dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("classes", [7, 40, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_slope_of_a_cap_does_not_cancel(dtype, classes, kind):
+    """In rows, tiles and in place: from the logit as it is stored, up to where it saturates."""
+    end, cap, scale = (42 if dtype == torch.float32 else 340), 5.3, 0.7
+    z = torch.linspace(-end, end, 6 * classes, dtype=dtype) * (cap / scale)
+    z = z[torch.randperm(6 * classes)].reshape(6, classes)
+    t = z.argmax(-1)
+    if kind == "probability":
+        t = torch.softmax(torch.randn(6, classes, dtype=dtype), -1)
+    options = (-100, 0.0, 0.0, cap, scale)
+    wide, up = dtype == torch.float64, torch.ones(6, dtype=dtype)
+    with mpmath.workdps(40):
+        steep = [
+            [mpmath.sech(mpmath.mpf(v) * scale / cap) ** 2 * scale for v in row]
+            for row in z.tolist()
+        ]
+    scored = (torch.tanh(z * scale / cap) * cap).detach()
+    for x in (z, z.t().contiguous().t()):
+        saved = ops.forward(x, t, None, None, wide, *options, False)[2]
+        got = ops.backward(up, x, t, None, None, saved, *options)
+        flat = ops.forward(scored, t, None, None, wide, *PLAIN, False)[2]
+        plain = ops.backward(up, scored, t, None, None, flat, *PLAIN)
+        memory = x.clone(memory_format=torch.preserve_format)
+        ops.backward_(memory, up, t, None, None, saved, *options)
+        assert torch.equal(memory, got)
+        slope = got.double() / plain.double()
+        wanted = torch.tensor([[float(s) for s in row] for row in steep], dtype=torch.float64)
+        usual = (wanted * plain.double().abs()) > 2 * torch.finfo(dtype).tiny
+        assert usual.double().mean() > 0.5
+        # The scored logits are torch's here, ours there: tanh to 4e-7 of the cap, which the
+        # differences of probabilities and targets make more of.
+        rtol = 6e-6 if kind == "index" else 1e-4
+        torch.testing.assert_close(slope[usual], wanted[usual], rtol=rtol, atol=0)
 
 
 @pytest.mark.slow

@@ -243,3 +243,69 @@ def test_bad_tolerance_and_mode():
         crossent.linear_cross_entropy(x, w, t, gradient_tolerance=-1.0)
     with pytest.raises(ValueError, match="gradient_mode: expected one of bounded, unbiased"):
         crossent.linear_cross_entropy(x, w, t, gradient_tolerance=0.1, gradient_mode="top")
+
+
+def draws(make, count):
+    """What ``make`` gives for seeds 0, 1, ...: (count, ...)."""
+    return torch.stack([make(seed) for seed in range(count)])
+
+
+@pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING)
+def test_a_head_is_right_on_average_where_few_draws_are_many_entries():
+    """Half of the mass in 99 classes, 3.5 segments of it: three entries were few, four too many."""
+    w = torch.zeros(100, 1).requires_grad_()
+    w.data[0] = torch.tensor(99.0).log()
+    x, t, tau = torch.ones(1, 1), torch.tensor([0]), 0.5 / 3.5
+
+    def mass(seed):
+        torch.manual_seed(seed)
+        loss = crossent.linear_cross_entropy(
+            x, w, t, gradient_tolerance=tau, gradient_mode="unbiased", backend="cpu"
+        )
+        return torch.autograd.grad(loss, w)[0][1:].sum()
+
+    count = 1000
+    mean = draws(mass, count).mean()
+    # A sum of 3 or 4 segments lies in an interval of length tau: its deviation is at most tau / 2.
+    assert (mean - 0.5).abs() <= 5 * tau / 2 / count**0.5 + 1e-6
+
+
+@pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING)
+@pytest.mark.parametrize("segments", [15.1, 14.4, 13.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_draw_decides_whether_a_chunk_is_dense(segments, sign):
+    """Six rows of 400 classes are thinned to 96 entries or not at all: in every draw the same."""
+    probability = torch.full((6, 400), 1 / 400, dtype=torch.float64)
+    t, scale = torch.arange(6) * 50, torch.arange(1, 7, dtype=torch.float64)
+    g = probability - torch.nn.functional.one_hot(t, 400)
+    g, tau = sign * g * scale.unsqueeze(-1), 399 / 400 / segments
+    count = 1000
+    thinned = [
+        Thinning(tau, True, seed).of(g, scale, t, torch.arange(6), True) for seed in range(count)
+    ]
+    assert len({isinstance(found, Entries) for found in thinned}) == 1
+    assert isinstance(thinned[0], Entries) == (6 * (1 + -(-segments // 1)) <= 0.04 * g.numel())
+    others = torch.ones(6, 400, dtype=torch.float64).scatter(-1, t.unsqueeze(-1), 0)
+    masses = torch.stack([(dense(found, g.shape) * others).sum(-1) for found in thinned])
+    # Each row's sum lies in an interval of length tau s: all six together, relative to s.
+    error = (masses.mean(0) - (g * others).sum(-1)) / scale
+    assert error.sum().abs() <= 5 * tau / 2 * (6 / count) ** 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("mode", ["bounded", "unbiased"])
+def test_a_negative_upstream_thins_as_a_positive_one(mode, backend):
+    """The scale is a size: gradients of -loss are as sparse and as near, of the other sign."""
+    x, w, t = head(torch.float64)
+    options = {"gradient_tolerance": 0.02, "gradient_mode": mode, "backend": backend}
+
+    def thinned(sign):
+        torch.manual_seed(3)
+        rows = crossent.linear_cross_entropy(x, w, t, reduction="none", **options)
+        return torch.autograd.grad(rows, (x, w), torch.full_like(rows, sign))
+
+    exact = torch.autograd.grad(crossent.linear_cross_entropy(x, w, t, reduction="sum"), (x, w))
+    for up, down, want in zip(thinned(1), thinned(-1), exact, strict=True):
+        if mode == "bounded":
+            torch.testing.assert_close(down, -up)
+        off = (down + want).norm() / want.norm()
+        assert 1e-4 < off < (0.05 if mode == "bounded" else 0.4)

@@ -130,6 +130,41 @@ def hard_rows(dtype: torch.dtype, largest: int = 4096, seed: int = 0) -> Iterato
             yield case(f"peaked elsewhere, V={v}", peaked, v - 1)
 
 
+def repeated_rows(
+    dtype: torch.dtype, largest: int = 2**18, count: int = 20, seed: int = 0
+) -> Iterator[tuple[Case, list[mpmath.mpf]]]:
+    """Rows of few different terms, which round the same way again and again, and their true losses.
+
+    The target is the maximum, 0, and stands first. Behind it are one, two or eight gaps in turn, or
+    one near class and many far ones; so the true loss is log1p of a sum of a few products.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    deepest = 70.0 if dtype.itemsize <= 4 else 600.0
+
+    def uniform(low: float, high: float) -> float:
+        drawn = torch.rand((), generator=generator, dtype=torch.float64)
+        return float((low + (high - low) * drawn).to(dtype))
+
+    for v in (3, 100, 255, 1000, 4097, 50257, 2**18):
+        rows = count if v < 10000 else max(1, count // 4)
+        for turns in (1, 2, 8, 0):
+            if v > largest:
+                continue
+            name = f"{turns} in turn, V={v}" if turns else f"one near, many far, V={v}"
+            logits, losses = torch.zeros(rows, v, dtype=dtype), []
+            for i in range(rows):
+                gap = uniform(0.01, 30.0 if i % 3 else deepest)
+                gaps = torch.tensor([gap + uniform(0, 1) for _ in range(turns or 2)]).to(dtype)
+                place = torch.arange(v - 1) % turns if turns else (torch.arange(v - 1) > 0).long()
+                gaps[-1] += 0 if turns else 10
+                logits[i, 1:] = -gaps[place]
+                with mpmath.workdps(_DIGITS):
+                    counts = place.bincount(minlength=len(gaps)).tolist()
+                    terms = [n * mpmath.exp(-g) for n, g in zip(counts, gaps.tolist(), strict=True)]
+                    losses.append(mpmath.log1p(mpmath.fsum(terms)))
+            yield Case(name, logits, torch.zeros(rows, dtype=torch.long)), losses
+
+
 def truths(case: Case) -> list[Truth]:
     """The truth of every row of a case: slow, so several losses may share it."""
     return [truth(row, t) for row, t in zip(case.logits, case.target.tolist(), strict=True)]

@@ -37,8 +37,9 @@ class Thinning(NamedTuple):
     ) -> Tensor | Entries:
         """Thin rows (n, V) of these scales and targets (-1: no class); ``row`` numbers them.
 
-        What is drawn depends on seed and number of the row alone. Where so many entries are left
-        that dense products are faster, the kernels leave the gradient as it is.
+        What is drawn depends on seed and number of the row alone. Where so many entries may be left
+        that dense products are faster, the kernels leave the gradient as it is: they count the
+        most that could be drawn, for a choice by what was drawn would bias the expectation.
         """
         if kernels:
             limit = int(_SPARSE * gradient.numel())
