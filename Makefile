@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup browser demo test bench docs wheel sanitize clean
+.PHONY: help setup browser demo test fuzz bench docs wheel sanitize clean
 
 help:
 	@echo "make demo   train a digits classifier with crossent, beside PyTorch's loss"
 	@echo "make test   everything that CI runs: lint, types, tests, doctests, notebooks"
+	@echo "make fuzz   cells of the matrix with fresh seeds: SECONDS=600, SEED= where they start"
 	@echo "make bench  time the loss, the fused head and explanations beside their peers"
 	@echo "make docs   write the generated pages again (docs/numerics.md, notebooks)"
 	@echo "make wheel  build dist/*.whl and try it outside the repository"
@@ -40,6 +41,11 @@ test: setup browser
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# Exits with 1 where a cell was wrong; each kind of failure is printed small enough to run alone.
+SECONDS ?= 600
+fuzz: setup
+	$(BIN)/python scripts/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 # Peers that ask for any torch, Triton or more: taken without what they ask for.
 bench: setup

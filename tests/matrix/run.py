@@ -1,0 +1,102 @@
+"""Running cells: what a test, a table and a long hunt share."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+import crossent
+
+from .cells import Cell
+from .draw import draw
+from .modes import EAGER, Mode
+from .system import OracleError, check
+from .table import FUNCTIONS
+
+MODES: dict[str, Mode] = {**EAGER}
+
+
+class Outcome(NamedTuple):
+    """What became of one cell."""
+
+    function: str
+    mode: str
+    seed: int
+    backend: str
+    verdict: str  # "right", "refused" (by a named error that the table allows) or "wrong"
+    message: str
+    chosen: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """What this failure has in common with others: all but the numbers."""
+        head = self.message.split(":", 1)[0] if self.message.startswith(("slope", "value")) else ""
+        return f"{self.function} | {self.mode} | {head or self.message[:60]}"
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Each function with each mode that it has."""
+    return [
+        (function, mode)
+        for mode in MODES
+        for function in FUNCTIONS
+        if FUNCTIONS[function].family in MODES[mode].families
+    ]
+
+
+def run_cell(seed: int, function: str, mode: str, forced: dict[str, Any] | None = None) -> Outcome:
+    """Draw the cell of this seed and hold it to the oracle."""
+    how = MODES[mode]
+    cell = draw(function, f"{mode}/{seed}", how.limits, forced)
+    verdict, message = "right", ""
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            check(cell, how.ours, how.oracle)
+        except OracleError:
+            raise
+        except Exception as error:
+            verdict, message = _judge(cell, mode, error)
+    torch.set_num_threads(threads)
+    backend = cell.how.get("backend", "auto")
+    chosen = {n: v for n, v in cell.source.chosen.items() if v != cell.source.simplest[n]}
+    return Outcome(function, mode, seed, backend, verdict, message, chosen)
+
+
+def _judge(cell: Cell, mode: str, error: Exception) -> tuple[str, str]:
+    """Whether an error is one that the documentation promises for this cell."""
+    several = cell.source.chosen.get("several") is not None
+    by_kernels = cell.how.get("backend") == "cpu"
+    kernels_lack = cell.function.family == "entropy" or several
+    if isinstance(error, crossent.BackendError) and by_kernels and kernels_lack:
+        return "refused", str(error)
+    overwritten = "modified by an inplace operation" in str(error)
+    shares = mode in ("second backward", "other consumers") or cell.source.chosen.get("link")
+    if cell.how.get("reuse_input") and overwritten and shares:
+        return "refused", str(error)
+    if isinstance(error, AssertionError):
+        return "wrong", str(error).splitlines()[0]
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error).strip().splitlines() or [""]
+    return "wrong", f"{type(error).__name__}: {text[0][:150]} ({where.name})"
+
+
+def minimal(outcome: Outcome) -> Outcome:
+    """The same failure with as few choices away from the simplest as possible."""
+    forced: dict[str, Any] = {}
+    for name in list(outcome.chosen):
+        simplest = draw(
+            outcome.function, f"{outcome.mode}/{outcome.seed}", MODES[outcome.mode].limits, forced
+        ).source.simplest.get(name, None)
+        attempt = {**forced, name: simplest}
+        try:
+            again = run_cell(outcome.seed, outcome.function, outcome.mode, attempt)
+        except Exception:
+            continue
+        if again.verdict == "wrong" and again.kind == outcome.kind:
+            forced, outcome = attempt, again
+    return outcome
