@@ -134,7 +134,7 @@ void for_rows(const crossent::Problem<T>& p, F run) {
 // Rows that are summed as one block: a function of the classes alone, so that the sum of a batch has
 // the same bits on any number of threads. A multiple of every vector's lanes, or one.
 constexpr int64_t kMostRows = 1024;
-int64_t rows_a_block(int64_t classes) {
+[[maybe_unused]] int64_t rows_a_block(int64_t classes) {
   const int64_t rows = kGrain / std::max<int64_t>(1, classes);
   return rows >= kMostRows ? kMostRows : rows >= 16 ? rows / 16 * 16 : 1;
 }

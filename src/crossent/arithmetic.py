@@ -23,23 +23,32 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# A sum over at most this many entries is taken by one torch reduction; torch splits longer single
-# rows over threads, which would make the result depend on the batch and on the thread count.
-_BLOCK = 4096
+# Sums end with this many terms at most, added one after the other.
+_LAST = 8
+# Exponentials are taken this much larger than they are, so that none is subnormal in a sum.
+_HEADROOM = 40.0
 
 
 def ordered_sum(values: Tensor) -> Tensor:
-    """Sum over the last axis, in an order that depends on its length alone."""
+    """Sum over the last axis, in an order that depends on its length alone.
+
+    Halves are added to halves, so that a sum of n terms of one sign is off by at most
+    log2(n) / 2 + 2 units in its last place, and equal terms, which would round the same way at each
+    step of a running sum, double exactly.
+    """
     length = values.shape[-1]
     # In a graph for many sizes one reduction stands for all of them: no guard on the size.
-    if torch.compiler.is_compiling() or not isinstance(length, int) or length <= _BLOCK:
+    if torch.compiler.is_compiling() or not isinstance(length, int) or length <= _LAST:
         return values.sum(-1)
-    whole = length // _BLOCK * _BLOCK
-    blocks = values[..., :whole].reshape(*values.shape[:-1], whole // _BLOCK, _BLOCK).sum(-1)
-    total = ordered_sum(blocks)
-    return total if whole == length else total + values[..., whole:].sum(-1)
+    folds = (-(-length // _LAST) - 1).bit_length()
+    last = -(-length >> folds)  # rounded up
+    values = F.pad(values, (0, (last << folds) - length))
+    for fold in reversed(range(folds)):
+        values = values.unflatten(-1, (2, last << fold)).sum(-2)
+    return values.sum(-1)
 
 
 def times(factor: Tensor, value: Tensor) -> Tensor:
@@ -92,7 +101,7 @@ class RowSummary(NamedTuple):
 
     top: Tensor  # index of the (first) maximum
     maximum: Tensor  # m, constant for derivatives
-    exps: Tensor  # exp(z - m) of every class, shape of z; exactly one at the top
+    exps: Tensor  # exp(z - m) of every class, shape of z
     rest: Tensor  # sum of exps without the top
     rise: Tensor  # z_top - m: value zero, derivative one
 
@@ -122,8 +131,11 @@ def summarise(z: Tensor) -> RowSummary:
     top = z.detach().argmax(-1)
     z_top = pick(z, top)
     maximum = z_top.detach()
-    exps = exp_difference(z, maximum.unsqueeze(-1))
-    return RowSummary(top, maximum, exps, ordered_sum(drop(exps, top)), z_top - maximum)
+    low = maximum - _HEADROOM
+    exps = exp_difference(z, low.unsqueeze(-1))
+    back = exp_difference(low, maximum)  # exp(low - m), to the last digits
+    rest = ordered_sum(drop(exps, top)) * back
+    return RowSummary(top, maximum, exps * back.unsqueeze(-1), rest, z_top - maximum)
 
 
 def nll(z: Tensor, row: RowSummary, index: Tensor) -> Tensor:

@@ -26,6 +26,15 @@ class Head(NamedTuple):
         dtype = torch.promote_types(self.input.dtype, self.weight.dtype)
         return torch.promote_types(dtype, torch.float32)
 
+    def without(self, wanted: Tensor | None) -> Head:
+        """Zeros for the features of rows that nothing is wanted of: they may be inf or nan.
+
+        What the gradient of the weight multiplies them with is zero, which alone does not help.
+        """
+        if wanted is None:
+            return self
+        return self._replace(input=torch.where(wanted.unsqueeze(-1), self.input, 0.0))
+
     def logits(self) -> Tensor:
         """All logits at once, for derivatives of any kind."""
         bias = None if self.bias is None else self.bias.to(self.dtype)

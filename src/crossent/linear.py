@@ -156,6 +156,7 @@ def linear_cross_entropy(
     ):
         keywords = _keywords(chosen, sample_weight, denominator)
         keywords.update(return_dtype=problem.logits.result_dtype)
+        head = head.without(problem.counted().reshape(-1) if problem.by_index else None)
         return cross_entropy(head.logits().reshape(logits.shape), target, weight, **keywords)
     if problem.cut:  # the last positions have no target: their logits are never made
         left = input.shape[-2] - problem.cut
@@ -185,7 +186,9 @@ def _thinning(tolerance: float, mode: str) -> Thinning | None:
     if tolerance == 0:
         return None
     unbiased = mode == "unbiased"
-    seed = int(torch.randint(2**62, (), device="cpu")) if unbiased and torch.is_grad_enabled() else 0
+    seed = (
+        int(torch.randint(2**62, (), device="cpu")) if unbiased and torch.is_grad_enabled() else 0
+    )
     return Thinning(float(tolerance), unbiased, seed)
 
 
@@ -208,7 +211,12 @@ def _several_dimensions(
     """K-dimensional heads (V, d1, ..., dK, D): torch's logits (N, V, d1, ..., dK)."""
     input, weight, target, bias, class_weight, sample_weight = tensors
     flat = Head(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
-    logits = flat.logits().reshape(input.shape[0], *weight.shape[:-1])
+    shape = (input.shape[0], *weight.shape[:-1])
+    like = input.detach().new_empty(()).expand(shape)
+    problem = pose(like, target, class_weight, sample_weight, denominator, options._replace(dim=1))
+    if problem.by_index:
+        flat = flat.without(problem.counted().flatten(1).any(1))
+    logits = flat.logits().reshape(shape)
     keywords = _keywords(options, sample_weight, denominator)
     dtype = options.return_dtype or torch.promote_types(input.dtype, weight.dtype)
     keywords.update(dim=1, return_dtype=dtype)

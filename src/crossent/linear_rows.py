@@ -80,7 +80,7 @@ def linear_log_prob(
     chosen, classes = selection.chosen, selection.chosen.shape[-1]
     if torch.compiler.is_compiling() or needs_operations(*head, *selection.factors()):
         values = log_prob(
-            head.logits().reshape(logits.shape),
+            head.without(selection.wanted().reshape(-1)).logits().reshape(logits.shape),
             index,
             ignore_index=ignore_index,
             softcap=softcap,

@@ -168,6 +168,10 @@ class Selection(NamedTuple):
             raise TypeError("factors: expected the chosen classes first, got None")
         return self._replace(logits=self.logits.of(rows).scaled_by(scale), chosen=chosen)
 
+    def wanted(self) -> Tensor:
+        """True for each row of which a class is wanted."""
+        return (self.chosen != self.options.ignore_index).any(-1)
+
     def bare(self) -> Selection:
         """The same without its tensors."""
         return self._replace(logits=self.logits.bare(), chosen=NOTHING)

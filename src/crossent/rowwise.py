@@ -12,7 +12,6 @@ from .derivatives import MaybeTensors, value_and_gradient
 from .problem import BY_ROW, Logits, Problem, Selection
 from .rows import BLANKS
 from .thinning import Entries, Thinning
-from .torch_internals import readable
 
 Place = slice | Tensor  # which rows: an index into one axis of them
 
@@ -37,8 +36,8 @@ class RowFunction(Protocol):
     def bare(self) -> RowFunction:
         """The same without its tensors, to be kept where those are saved by autograd."""
 
-    def kept(self) -> Tensor | None:
-        """The rows of which anything is wanted; None for all."""
+    def wanted(self) -> Tensor | None:
+        """True for each row of which anything is wanted; None for all of them."""
 
     def compute(
         self, place: Place, logits: Tensor, upstream: Tensor | None
@@ -81,12 +80,9 @@ class LossRows(NamedTuple):
         """The same without its tensors."""
         return self._replace(problem=self.problem.bare())
 
-    def kept(self) -> Tensor | None:
+    def wanted(self) -> Tensor | None:
         """The rows that are counted."""
-        problem = self.problem
-        if not problem.by_index or not readable(problem.target) or not problem.may_ignore:
-            return None
-        return problem.counted().nonzero().squeeze(-1)
+        return self.problem.counted() if self.problem.may_ignore else None
 
     def compute(
         self, place: Place, logits: Tensor, upstream: Tensor | None
@@ -139,13 +135,9 @@ class LogProbRows(NamedTuple):
         """The same without its tensors."""
         return LogProbRows(self.selection.bare())
 
-    def kept(self) -> Tensor | None:
+    def wanted(self) -> Tensor | None:
         """The rows of which a class is wanted."""
-        selection = self.selection
-        if not readable(selection.chosen):
-            return None
-        wanted = (selection.chosen != selection.options.ignore_index).any(-1)
-        return None if bool(wanted.all()) else wanted.nonzero().squeeze(-1)
+        return self.selection.wanted()
 
     def compute(
         self, place: Place, logits: Tensor, upstream: Tensor | None
@@ -199,7 +191,7 @@ class EntropyRows(NamedTuple):
         """The same without its tensors."""
         return EntropyRows(self.logits.bare())
 
-    def kept(self) -> Tensor | None:
+    def wanted(self) -> Tensor | None:
         """All rows."""
         return None
 

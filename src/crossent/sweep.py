@@ -26,7 +26,7 @@ from .derivatives import RowMap, by_blocks
 from .head import Head
 from .rowwise import RowFunction
 from .thinning import Entries
-from .torch_internals import known_factor, no_autocast, plain, saved_tensors_hooked
+from .torch_internals import known_factor, no_autocast, plain, readable, saved_tensors_hooked
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -53,7 +53,7 @@ def sweep(
     if upstream is None:
         needs = (False, False, False)
     with no_autocast(head.input.device.type):
-        kept = function.kept()
+        kept = _kept(function)
         rows = head.input.shape[0] if kept is None else kept.shape[0]
         work = _Work(head, plan, min(plan.chunk_rows, rows), needs, dense=kept is None)
         for begin in range(0, max(rows, 1), plan.chunk_rows):
@@ -66,6 +66,14 @@ def sweep(
             if gradient is not None:
                 work.accumulate(place, x, gradient)
         return work.result()
+
+
+def _kept(function: RowFunction) -> Tensor | None:
+    """The numbers of the rows of which anything is wanted; None where that may be all of them."""
+    wanted = function.wanted()
+    if wanted is None or not readable(wanted) or bool(wanted.all()):
+        return None
+    return wanted.nonzero().squeeze(-1)
 
 
 class _Work:
@@ -247,7 +255,8 @@ def head_map(head: Head, function: RowFunction) -> tuple[RowMap, tuple[Tensor | 
     def call(
         input: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        return bare.holding(factors).values(Head(input, weight, bias).logits())
+        own = bare.holding(factors)
+        return own.values(Head(input, weight, bias).without(own.wanted()).logits())
 
     bias = None if head.bias is None else head.bias.to(dtype)
     tensors = (head.input, head.weight.to(dtype), bias, *function.factors())
