@@ -28,17 +28,12 @@ _WARM = (
 )
 _SLOW = 1.0  # seconds: tests that take longer are left out, and run in `make test` alone
 _COPIED = ("src", "tests", "docs", "csrc", "scripts", "examples", "benchmarks")
-_OPTIONS = [
-    "-x",
-    "-q",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:randomly",
-    "--hypothesis-seed=0",
-    "-m",
-    "not slow",
-]
+_OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow")
+# Tests that run many others in processes of their own.
+_LEFT_OUT = (
+    "test_kernels.py::test_other_instruction_sets",
+    "test_kernels.py::test_contract_of_long",
+)
 
 
 class Run(NamedTuple):
@@ -216,7 +211,8 @@ def _tested(copy: Path, files: list[str], durations: dict[str, float] | None) ->
     sys.path[:0] = [str(copy / "src"), str(copy / "tests")]
     os.environ["PYTHONPATH"] = str(copy / "src")
     chosen = _Chosen(durations)
-    status = pytest.main([*_OPTIONS, *files], plugins=[chosen])
+    left_out = [f"--deselect=tests/{name}" for name in _LEFT_OUT]
+    status = pytest.main([*_OPTIONS, *left_out, *files], plugins=[chosen])
     crossent = sys.modules.get("crossent")
     if crossent is not None and not str(crossent.__file__).startswith(str(copy)):
         return f"crossent was imported from {crossent.__file__}"
