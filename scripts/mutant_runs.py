@@ -17,6 +17,8 @@ from pathlib import Path
 from py_compile import PycInvalidationMode
 from typing import TYPE_CHECKING, NamedTuple
 
+import pytest
+
 if TYPE_CHECKING:
     from mutants import Mutant
 
@@ -26,7 +28,7 @@ _WARM = (
     "hypothesis pandas rich.table jinja2 click matplotlib.pyplot sklearn.metrics torchmetrics "
     "fastai.losses torch._subclasses torch.testing._internal.common_methods_invocations"
 )
-_SLOW = 1.0  # seconds: tests that take longer are left out, and run in `make test` alone
+_SLOW = 0.3  # seconds of the processor: tests that take longer run in `make test` alone
 _COPIED = ("src", "tests", "docs", "csrc", "scripts", "examples", "benchmarks")
 _OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow")
 # Tests that run many others in processes of their own.
@@ -57,8 +59,14 @@ class _Chosen:
             kept = [item for item in items if known.get(item.nodeid, _SLOW) < _SLOW]
             items[:] = sorted(kept, key=lambda item: known[item.nodeid])
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        before = sum(os.times()[:4])
+        result = yield
+        self.took[item.nodeid] = sum(os.times()[:4]) - before
+        return result
+
     def pytest_runtest_logreport(self, report) -> None:
-        self.took[report.nodeid] = self.took.get(report.nodeid, 0.0) + report.duration
         if report.failed and not self.failed:
             self.failed = report.nodeid
 
@@ -199,7 +207,6 @@ def _warm_up() -> None:
 
 def _tested(copy: Path, files: list[str], durations: dict[str, float] | None) -> str:
     """In a fork: import crossent from the copy and run the tests; what failed, and durations."""
-    import pytest
     from _pytest.assertion.rewrite import AssertionRewritingHook
 
     # Plugins are imported already, which pytest would warn of.
