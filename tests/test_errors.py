@@ -180,16 +180,15 @@ def test_dim_counts_from_both_ends():
 
 
 @pytest.mark.parametrize("stats", [False, True])
-def test_what_is_made_on_the_way_is_made_where_the_logits_are(stats, backend):
-    """The divisor, the fill of shifted targets, factors: also where new tensors go elsewhere."""
-    x, t, w, s = torch.randn(2, 4, 5), torch.randint(0, 5, (2, 4)), torch.rand(5), torch.rand(2, 4)
-    y = torch.softmax(torch.randn(2, 4, 5), -1)
+def test_what_is_made_on_the_way_is_made_where_the_logits_are(stats):
+    """Masks, divisors and fills: a tensor made on the CPU would not go with these."""
+    with torch.device("meta"):
+        x, t, w, s = torch.randn(2, 4, 5), torch.ones(2, 4).long(), torch.rand(5), torch.rand(2, 4)
+        y = torch.softmax(torch.randn(2, 4, 5), -1)
     for target in (t, y):
-        for more in ({}, {"denominator": 3}, {"reduction": "none"}, {"label_smoothing": 0.1}):
+        for more in ({}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"z_loss": 0.1}):
             arguments = dict(more, dim=-1, shift=1, sample_weight=s, return_stats=stats)
-            expected = crossent.cross_entropy(x, target, w, **arguments, backend=backend)
-            with torch.device("meta"):
-                found = crossent.cross_entropy(x, target, w, **arguments, backend=backend)
+            found = crossent.cross_entropy(x, target, w, **arguments)
+            assert (found[0] if stats else found).device.type == "meta"
             if stats:
-                found, expected = found[0], expected[0]
-            assert torch.equal(found, expected)
+                assert {value.device.type for value in found[1]} == {"meta"}
