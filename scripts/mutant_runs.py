@@ -31,11 +31,8 @@ _WARM = (
 _SLOW = 0.3  # seconds of the processor: tests that take longer run in `make test` alone
 _COPIED = ("src", "tests", "docs", "csrc", "scripts", "examples", "benchmarks")
 _OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow")
-# Tests that run many others in processes of their own.
-_LEFT_OUT = (
-    "test_kernels.py::test_other_instruction_sets",
-    "test_kernels.py::test_contract_of_long",
-)
+# Never among the fast ones: left out before they are timed.
+_LEFT_OUT = "compile instruction_sets long_rows processes less_memory lightning"
 
 
 class Run(NamedTuple):
@@ -218,8 +215,8 @@ def _tested(copy: Path, files: list[str], durations: dict[str, float] | None) ->
     sys.path[:0] = [str(copy / "src"), str(copy / "tests")]
     os.environ["PYTHONPATH"] = str(copy / "src")
     chosen = _Chosen(durations)
-    left_out = [f"--deselect=tests/{name}" for name in _LEFT_OUT]
-    status = pytest.main([*_OPTIONS, *left_out, *files], plugins=[chosen])
+    left_out = " and ".join(f"not {name}" for name in _LEFT_OUT.split())
+    status = pytest.main([*_OPTIONS, "-k", left_out, *files], plugins=[chosen])
     crossent = sys.modules.get("crossent")
     if crossent is not None and not str(crossent.__file__).startswith(str(copy)):
         return f"crossent was imported from {crossent.__file__}"

@@ -42,7 +42,7 @@ _LOSS = (
     "modules calculus"
 )
 _HEAD = "linear thinning"
-_REPORT = "explain mutants_explain pages"
+_REPORT = "explain mutants_explain"
 # Each module, and the test files that are run for it (tests/test_<name>.py, where there is one).
 MODULES = {
     "problem": f"{_LOSS} linear",

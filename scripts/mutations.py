@@ -138,13 +138,17 @@ def _is_left_alone(node: ast.AST, field: str) -> bool:
     if isinstance(node, (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)):
         return True
     if isinstance(node, ast.If):
-        return field == "body" and ast.unparse(node.test) == "TYPE_CHECKING"
+        return field in ("test", "body") and _is_for_types(node)
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return any(ast.unparse(d) == "overload" for d in node.decorator_list)
     if isinstance(node, ast.Call):
         name = ast.unparse(node.func)
         return name == "cast" and field == "args" and isinstance(node.args[0], ast.Constant)
     return False
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[ast.AST, str]]:
@@ -168,9 +172,8 @@ def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[ast.AST, s
         yield node, "return None"
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         yield node, "pass"
-    if isinstance(node, (ast.If, ast.IfExp, ast.While)) and isinstance(
-        node.test, (ast.Name, ast.Attribute, ast.Call)
-    ):
+    tested = isinstance(node, (ast.If, ast.IfExp, ast.While)) and not _is_for_types(node)
+    if tested and isinstance(node.test, (ast.Name, ast.Attribute, ast.Call)):
         yield node.test, f"(not {ast.unparse(node.test)})"
 
 
