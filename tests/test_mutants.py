@@ -228,6 +228,11 @@ def test_a_shape_that_does_not_fit_names_its_mend(target, message):
     assert "with classes on axis 1" in text
 
 
+def test_two_classes_are_told_to_reshape_as_well():
+    with pytest.raises(ValueError, match=r"reshape it$"):
+        crossent.cross_entropy(torch.randn(2, 2, 3), torch.zeros(6, dtype=torch.int64))
+
+
 def test_one_target_of_one_row():
     """torch takes (1,) for the target of one unbatched row; nothing longer."""
     x = torch.randn(4)
