@@ -32,7 +32,7 @@ _SLOW = 0.3  # seconds of the processor: tests that take longer run in `make tes
 _COPIED = ("src", "tests", "docs", "csrc", "scripts", "examples", "benchmarks")
 _OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow")
 # Never among the fast ones: left out before they are timed.
-_LEFT_OUT = "compile instruction_sets long_rows processes less_memory lightning"
+_LEFT_OUT = "compile opcheck instruction_sets long_rows processes less_memory lightning"
 
 
 class Run(NamedTuple):
