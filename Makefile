@@ -5,16 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup browser demo test quick quick-types quick-tests mutants bench docs wheel sanitize clean
+.PHONY: help setup browser demo test bench docs wheel sanitize clean
 
 help:
 	@echo "make demo   train a digits classifier with crossent, beside PyTorch's loss"
 	@echo "make test   everything that CI runs: lint, types, tests, doctests, notebooks"
-	@echo "make quick  lint, types and a core of the tests in a minute: for work in progress"
-	@echo "make mutants  does a small change of the code make a test fail? MUTANTS='--sample 0': all"
 	@echo "make bench  time the loss, the fused head and explanations beside their peers"
 	@echo "make docs   write the generated pages again (docs/numerics.md, notebooks)"
 	@echo "make wheel  build dist/*.whl and try it outside the repository"
+	@echo "make quick  lint, types and a core of the tests in a minute: for work in progress"
+	@echo "make mutants  does a small change of the code make a test fail? MUTANTS='--sample 0': all"
 	@echo "make sanitize  run the kernels' tests under GCC's sanitizers"
 	@echo "make setup  the virtual environment that the others use"
 
@@ -43,22 +43,6 @@ test: setup browser
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# The core of the tests is what tests/quick.txt lists.
-quick: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(MAKE) --jobs 2 --no-print-directory quick-types quick-tests
-
-quick-types: setup
-	$(BIN)/mypy
-
-quick-tests: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --maxfail 5 @tests/quick.txt
-
-# MUTANTS: what scripts/mutants.py --help lists.
-mutants: setup
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py $(MUTANTS)
-
 # Peers that ask for any torch, Triton or more: taken without what they ask for.
 bench: setup
 	-$(INSTALL) --no-deps triton cut-cross-entropy==25.1.1 cleanlab termcolor
@@ -76,6 +60,24 @@ wheel: setup
 
 sanitize: setup
 	$(BIN)/python scripts/wheel.py --sanitize
+
+# The core of the tests is what tests/quick.txt lists.
+quick: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) --jobs 2 --no-print-directory quick-types quick-tests
+
+quick-types: setup
+	$(BIN)/mypy
+
+quick-tests: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --maxfail 5 @tests/quick.txt
+
+# MUTANTS: what scripts/mutants.py --help lists.
+mutants: setup
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py $(MUTANTS)
+
+.PHONY: quick quick-types quick-tests mutants
 
 clean:
 	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
