@@ -290,3 +290,9 @@ def test_long_sums_have_all_of_their_terms(length, backend):
     total = crossent.cross_entropy(many, labels, reduction="sum", backend=backend)
     assert float(total) == pytest.approx(math.fsum(rows.tolist()), rel=1e-14)
     assert float(crossent.log_likelihood(many, labels)) == pytest.approx(-float(total), rel=1e-14)
+
+
+def test_an_infinite_logit_is_nan_as_in_torch_whatever_the_probabilities(backend):
+    x, y = torch.tensor([[torch.inf, 0.0, 1.0]]), torch.tensor([[0.0, 0.25, 0.75]])
+    assert F.cross_entropy(x, y).isnan()
+    assert crossent.cross_entropy(x, y, backend=backend).isnan()
