@@ -14,6 +14,8 @@ help:
 	@echo "make bench  time the loss, the fused head and explanations beside their peers"
 	@echo "make docs   write the generated pages again (docs/numerics.md, notebooks)"
 	@echo "make wheel  build dist/*.whl and try it outside the repository"
+	@echo "make quick  lint, types and a core of the tests in a minute: for work in progress"
+	@echo "make mutants  does a small change of the code make a test fail? MUTANTS='--sample 0': all"
 	@echo "make sanitize  run the kernels' tests under GCC's sanitizers"
 	@echo "make setup  the virtual environment that the others use"
 
@@ -65,6 +67,24 @@ wheel: setup
 
 sanitize: setup
 	$(BIN)/python scripts/wheel.py --sanitize
+
+# The core of the tests is what tests/quick.txt lists.
+quick: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) --jobs 2 --no-print-directory quick-types quick-tests
+
+quick-types: setup
+	$(BIN)/mypy
+
+quick-tests: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --maxfail 5 @tests/quick.txt
+
+# MUTANTS: what scripts/mutants.py --help lists.
+mutants: setup
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py $(MUTANTS)
+
+.PHONY: quick quick-types quick-tests mutants
 
 clean:
 	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -240,5 +240,6 @@ def test_deprecated_arguments_mean_what_they_did(size_average, reduce):
 
 
 def test_deprecated_arguments_warn():
-    with crossent.patch(), pytest.warns(UserWarning, match="reduction='sum'"):
+    with crossent.patch(), pytest.warns(UserWarning, match="reduction='sum'") as seen:
         F.cross_entropy(X, T, size_average=False)
+    assert [w.filename for w in seen] == [__file__]

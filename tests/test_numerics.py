@@ -8,6 +8,7 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import errors, known, known_in_float64, known_rows
 
 import crossent
 from crossent.testing import NO_ERRORS, Errors, budget, hard_rows, measure, truth, ulp
@@ -27,39 +28,75 @@ def exact_rows(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_contract_on_hard_rows(dtype, backend):
-    for case in hard_rows(dtype):
-        errors = measure(exact_rows(backend), case)
-        assert errors.within(budget(dtype)), (case.name, errors)
+    for rows in known_rows(dtype):
+        found = errors(exact_rows(backend), rows)
+        assert found.within(budget(dtype)), (rows.case.name, found)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_worst_relative_error_is_at_most_a_millionth(seed, backend):
     worst = NO_ERRORS
-    for case in hard_rows(torch.float32, largest=1000, seed=seed):
-        worst = worst.worst(measure(exact_rows(backend), case))
+    for rows in known_rows(torch.float32, 1000, seed):
+        worst = worst.worst(errors(exact_rows(backend), rows))
     assert worst.loss <= 1e-6
     assert worst.target_gradient <= 1e-6
 
 
 def test_contract_at_large_vocabularies(backend):
-    cases = [c for c in hard_rows(torch.float32, largest=2**18) if "V=131072" in c.name]
-    cases += [c for c in hard_rows(torch.float32, largest=2**18) if c.name == "flat, V=262144"]
+    cases = [
+        case
+        for case in hard_rows(torch.float32, largest=2**18)
+        if "V=131072" in case.name or case.name == "flat, V=262144"
+    ]
     assert len(cases) == 5
     for case in cases:
-        errors = measure(exact_rows(backend), case)
-        assert errors.within(budget(torch.float32)), (case.name, errors)
+        found = errors(exact_rows(backend), known_in_float64(case))
+        assert found.within(budget(torch.float32)), (case.name, found)
 
 
 def test_the_contract_can_be_broken():
     """PyTorch's float32 loss does not meet it: the measurement sees what it is there to see."""
-    worst = NO_ERRORS
-    for case in hard_rows(torch.float32, largest=50):
-        worst = worst.worst(measure(lambda x, t: F.cross_entropy(x, t, reduction="none"), case))
-    limit = budget(torch.float32)
-    assert worst.loss_ulp > limit.loss_ulp
-    assert worst.loss == 1.0  # nothing left of a tiny loss
-    assert worst.target_gradient == 1.0
-    assert not worst.within(limit)
+    for measured in (measure, lambda loss, case: errors(loss, known(case))):
+        worst = NO_ERRORS
+        for case in hard_rows(torch.float32, largest=50):
+            found = measured(lambda x, t: F.cross_entropy(x, t, reduction="none"), case)
+            worst = worst.worst(found)
+        limit = budget(torch.float32)
+        assert worst.loss_ulp > limit.loss_ulp
+        assert worst.loss == 1.0  # nothing left of a tiny loss
+        assert worst.target_gradient == 1.0
+        assert not worst.within(limit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quick_errors_are_the_measured_ones(dtype):
+    """What the tests above compare with is what `crossent.testing` gives to users."""
+
+    def torchs(x, t):
+        return F.cross_entropy(x, t, reduction="none")
+
+    for rows in known_rows(dtype, 50):
+        for loss in (exact_rows("reference"), torchs):
+            expected = measure(loss, rows.case)
+            assert errors(loss, rows) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def test_quick_errors_keep_nan_as_the_worst():
+    def broken(x, t):
+        return F.cross_entropy(x, t, reduction="none") * torch.tensor([1.0, torch.nan])
+
+    (rows,) = [r for r in known_rows(torch.float32, 50) if r.case.name == "all equal"]
+    found = errors(broken, rows)
+    assert all(math.isnan(error) for error in found)
+    assert not found.within(budget(torch.float32))
+
+
+def test_float64_is_truth_enough_for_float32():
+    for exact in known_rows(torch.float32):
+        quick = known_in_float64(exact.case)
+        for ours, true in zip(quick.loss, exact.loss, strict=True):
+            assert abs(ours - true) <= 1e-13 * abs(true), exact.case.name
+        torch.testing.assert_close(quick.gradient, exact.gradient, rtol=1e-13, atol=1e-300)
 
 
 def test_subtraction_error_matters():

@@ -1,0 +1,207 @@
+"""Mutation testing: does a small change of the code make a test fail?
+
+    python scripts/mutants.py                      hand-made mutants, then a sample of each module
+    python scripts/mutants.py --sample 0           hand-made mutants, then every mutant
+    python scripts/mutants.py --module warn        one module
+    python scripts/mutants.py --list               the mutants of a sample, not run
+
+Each mutant runs the tests that its module is for, the fastest first, until one fails. It survives
+where none does: then a test is missing, or the change makes no difference, and
+tests/mutants_excused.toml says why. Nothing is written into the working tree: mutants live in
+copies of it, and are run by forks of one process that has imported torch already.
+
+The status is 1 where a mutant survives without an excuse, or an excuse or a hand-made mutant
+fits no line any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10: pytest brings it
+    import tomli as tomllib
+
+from mutant_runs import Run, Runner
+from mutations import Mutation, hand_made, mutations
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path("src", "crossent")
+EXCUSES = Path("tests", "mutants_excused.toml")
+
+_LOSS = (
+    "mutants argument_edges errors options against_torch better_than_torch properties kernels "
+    "derivatives modules calculus truth"
+)
+_HEAD = "linear thinning"
+_REPORT = "explain diagnosis"
+# Each module, and the test files that are run for it (tests/test_<name>.py, where there is one).
+MODULES = {
+    "problem": f"{_LOSS} linear",
+    "targets": f"{_LOSS} linear",
+    "reduction": f"{_LOSS} linear",
+    "warn": "mutants modules errors options better_than_torch diagnosis",
+    "calculus": "calculus_edges calculus mutants better_than_torch explain",
+    "arithmetic": f"{_LOSS} numerics",
+    "thinning": f"mutants {_HEAD}",
+    "explain/diagnose": _REPORT,
+    "metrics": "integrations metrics",
+}
+# Mutants that once survived every test: module, text, what it becomes.
+HAND_MADE = (
+    ("reduction", "else math.nan), 0.0", "else math.nan), 1.0"),
+    ("targets", "place[-1] += shift", "pass"),
+    ("rowwise", "(upstream * rows.mass).abs()", "upstream * rows.mass"),
+    ("explain/tables", "-(-percent * len(losses) // 100)", "max(1, percent * len(losses) // 100)"),
+    ("warn", "tolerance = 1e-3 if", "tolerance = 1e-2 if"),
+    ("explain/diagnose", "1.05 * chance", "1.5 * chance"),
+    ("explain/diagnose", "< 0.7 * means[0]", "< 0.95 * means[0]"),
+    ("explain/diagnose", "after < 0.98 * before", "after < 0.5 * before"),
+)
+_TESTS_OF_OTHERS = {"rowwise": f"mutants {_HEAD}", "explain/tables": _REPORT}
+
+
+class Mutant(NamedTuple):
+    """A mutation of a module."""
+
+    module: str
+    mutation: Mutation
+
+    @property
+    def path(self) -> Path:
+        """The file that it changes."""
+        return PACKAGE / f"{self.module}.py"
+
+    def __str__(self) -> str:
+        m = self.mutation
+        return f"{self.path}:{m.line}\n    - {m.before}\n    + {m.after}"
+
+
+def excuses(root: Path) -> dict[tuple[str, str, str], str]:
+    """Reasons, by module, line before and line after."""
+    path = root / EXCUSES
+    entries = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {(e["module"], e["before"], e["after"]): e["reason"] for e in entries.get("excused", [])}
+
+
+def chosen(root: Path, module: str, sample: int, seed: int) -> list[Mutant]:
+    """Mutants of a module: all (sample 0), or as many drawn with a seed."""
+    source = (root / PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    found = mutations(source)
+    if 0 < sample < len(found):
+        drawn = random.Random(f"{seed} {module}").sample(range(len(found)), sample)
+        found = [found[i] for i in sorted(drawn)]
+    return [Mutant(module, mutation) for mutation in found]
+
+
+def hand_made_mutants(root: Path) -> tuple[list[Mutant], list[str]]:
+    """Those whose text is found, and complaints about the others."""
+    found, complaints = [], []
+    for module, old, new in HAND_MADE:
+        path = root / PACKAGE / f"{module}.py"
+        source = path.read_text(encoding="utf-8") if path.exists() else ""
+        mutation = hand_made(source, old, new)
+        if mutation is None:
+            complaints.append(f"HAND_MADE: expected {old!r} once in {path.relative_to(root)}")
+        else:
+            found.append(Mutant(module, mutation))
+    return found, complaints
+
+
+def tests_for(root: Path, module: str) -> tuple[str, ...]:
+    """The test files of a module, as paths in the tree."""
+    names = (MODULES | _TESTS_OF_OTHERS)[module].split()
+    return tuple(
+        f"tests/test_{name}.py" for name in names if (root / f"tests/test_{name}.py").exists()
+    )
+
+
+def report(title: str, runs: list[Run], known: dict[tuple[str, str, str], str]) -> int:
+    """Print a table and the survivors; how many have no excuse."""
+    outcome: Counter[tuple[str, str]] = Counter()
+    surviving = []
+    for run in runs:
+        m = run.mutant.mutation
+        word = "killed" if run.killed_by else "survived"
+        if word == "survived" and (run.mutant.module, m.before, m.after) in known:
+            word = "excused"
+        elif word == "survived":
+            surviving.append(run.mutant)
+        outcome[run.mutant.module, word] += 1
+    print(
+        f"\n{title}\n{'module':20}{'mutants':>9}{'killed':>9}{'survived':>9}{'excused':>9}  score"
+    )
+    rows = list(dict.fromkeys(run.mutant.module for run in runs))
+    for row in [*rows, "all"]:
+        modules = rows if row == "all" else [row]
+        words = ("killed", "survived", "excused")
+        killed, survived, excused = (sum(outcome[m, w] for m in modules) for w in words)
+        total = killed + survived + excused
+        score = killed / (total - excused) if total > excused else 1.0
+        print(f"{row:20}{total:9}{killed:9}{survived:9}{excused:9}  {score:.1%}")
+    for mutant in surviving:
+        print(f"\nsurvived: {mutant}")
+    return len(surviving)
+
+
+def stale(root: Path, known: dict[tuple[str, str, str], str]) -> list[str]:
+    """Excuses for mutants that are no more."""
+    there = {
+        (m.module, m.mutation.before, m.mutation.after)
+        for module in MODULES
+        for m in chosen(root, module, 0, 0)
+    }
+    return [f"{EXCUSES}: no such mutant: {key[0]}: {key[2]}" for key in known if key not in there]
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=40, help="mutants a module; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="which ones are drawn")
+    parser.add_argument("--module", action="append", choices=MODULES, help="may be repeated")
+    parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--verbose", action="store_true", help="name the test that kills each")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what was asked for; the status."""
+    asked = arguments()
+    drawn = [
+        mutant
+        for module in asked.module or MODULES
+        for mutant in chosen(ROOT, module, asked.sample, asked.seed)
+    ]
+    if asked.list:
+        print("\n".join(map(str, drawn)))
+        return 0
+    began = time.monotonic()
+    by_hand, complaints = ([], []) if asked.module else hand_made_mutants(ROOT)
+    modules = {mutant.module for mutant in by_hand + drawn}
+    tests = {module: tests_for(ROOT, module) for module in modules}
+    known = excuses(ROOT)
+    surviving = 0
+    with tempfile.TemporaryDirectory() as folder:
+        runner = Runner(ROOT, Path(folder), asked.processes, asked.verbose)
+        runner.measure(tests)
+        if by_hand:
+            surviving += report("Made by hand", runner.run(by_hand), {})
+        surviving += report(f"Drawn with seed {asked.seed}", runner.run(drawn), known)
+    complaints += stale(ROOT, known)
+    print(*complaints, sep="\n")
+    print(f"{time.monotonic() - began:.0f} s")
+    return int(bool(surviving or complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
