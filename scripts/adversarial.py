@@ -21,16 +21,16 @@ from rich.table import Table
 import crossent
 from crossent.testing import repeated_rows, ulp
 
-SETS = ("portable", "avx2", "avx512")
+SETS = ("portable", "avx2", "avx512", "reference")
 DTYPES = (torch.float32, torch.float64)
 
 
-def worst(dtype: torch.dtype) -> dict[str, float]:
-    """The largest error in ulp by kind of row, with the kernels that this process has."""
+def worst(dtype: torch.dtype, backend: str) -> dict[str, float]:
+    """The largest error in ulp by kind of row, of a backend as this process has it."""
     found: dict[str, float] = {}
     for case, losses in repeated_rows(dtype):
         kind = case.name.partition(", V=")[0]
-        got = crossent.cross_entropy(case.logits, case.target, reduction="none", backend="cpu")
+        got = crossent.cross_entropy(case.logits, case.target, reduction="none", backend=backend)
         for ours, true in zip(got.tolist(), losses, strict=True):
             with mpmath.workdps(80):
                 off = float(abs(mpmath.mpf(ours) - true) / ulp(true, dtype))
@@ -41,8 +41,8 @@ def worst(dtype: torch.dtype) -> dict[str, float]:
 def asked(name: str) -> list[dict[str, float]] | None:
     """The same for each dtype, in its own process; None where the machine lacks such kernels."""
     done = subprocess.run(
-        [sys.executable, __file__, "--measure"],
-        env={**os.environ, "CROSSENT_ISA": name},
+        [sys.executable, __file__, "--measure", "reference" if name == "reference" else "cpu"],
+        env=os.environ if name == "reference" else {**os.environ, "CROSSENT_ISA": name},
         capture_output=True,
         text=True,
         check=False,
@@ -57,8 +57,8 @@ def asked(name: str) -> list[dict[str, float]] | None:
 
 def main() -> None:
     """Measure and print."""
-    if sys.argv[1:] == ["--measure"]:
-        print(json.dumps([worst(dtype) for dtype in DTYPES]))
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps([worst(dtype, sys.argv[2]) for dtype in DTYPES]))
         return
     table = Table("kernels", "dtype", title="Worst error of a row's loss, in ulp (contract: 4)")
     for name in SETS:

@@ -179,6 +179,26 @@ def test_double_softmax_warns(backend):
             crossent.cross_entropy(other, t[0] if other.dim() == 1 else t, backend=backend)
 
 
+def test_a_warning_names_the_line_that_caused_it(backend):
+    p, t = torch.softmax(torch.randn(6, 5), 1), torch.randint(0, 5, (6,))
+    x = torch.randn(4, 5, 5), torch.randint(0, 5, (4, 5))
+    module = crossent.CrossEntropyLoss(backend=backend)
+    for call in (
+        lambda: crossent.cross_entropy(p, t, backend=backend),
+        lambda: module(p, t),
+        lambda: torch.nn.Sequential(torch.nn.Identity(), module)[1](p, t),
+        lambda: module(*x),
+    ):
+        for device in ("cpu", None):
+            torch.set_default_device(device)  # a mode of torch's between the caller and us
+            try:
+                with pytest.warns(crossent.CrossentWarning) as record:
+                    call()
+            finally:
+                torch.set_default_device(None)
+            assert record[0].filename == __file__
+
+
 def test_double_softmax_warns_once_for_a_line(backend):
     p, t = torch.softmax(torch.randn(6, 5), 1), torch.randint(0, 5, (6,))
     with warnings.catch_warnings(record=True) as seen:

@@ -255,4 +255,4 @@ def test_a_default_device_changes_nothing():
         for function, value in zip(functions, expected, strict=True):
             assert torch.equal(function(), value)
     finally:
-        torch.set_default_device(before)
+        torch.set_default_device(None)

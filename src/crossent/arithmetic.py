@@ -28,27 +28,34 @@ from torch import Tensor
 
 # Sums end with this many terms at most, added one after the other.
 _LAST = 8
-# Exponentials are taken this much larger than they are, so that none is subnormal in a sum.
-_HEADROOM = 40.0
+# From this gap on exponentials are summed from so far above them that none is subnormal.
+_FAR, _HEADROOM = 60.0, 40.0
 
 
 def ordered_sum(values: Tensor) -> Tensor:
     """Sum over the last axis, in an order that depends on its length alone.
 
-    Halves are added to halves, so that a sum of n terms of one sign is off by at most
-    log2(n) / 2 + 2 units in its last place, and equal terms, which would round the same way at each
-    step of a running sum, double exactly.
+    Halves are added to halves, in float64 and rounded once: half a unit in the last place of
+    float32. A sum of n float64 terms of one sign is off by at most log2(n) / 2 + 2 units; equal
+    terms, which would round the same way at each step of a running sum, double exactly.
     """
     length = values.shape[-1]
     # In a graph for many sizes one reduction stands for all of them: no guard on the size.
-    if torch.compiler.is_compiling() or not isinstance(length, int) or length <= _LAST:
+    if torch.compiler.is_compiling() or not isinstance(length, int):
         return values.sum(-1)
-    folds = (-(-length // _LAST) - 1).bit_length()
-    last = -(-length >> folds)  # rounded up
-    values = F.pad(values, (0, (last << folds) - length))
-    for fold in reversed(range(folds)):
-        values = values.unflatten(-1, (2, last << fold)).sum(-2)
-    return values.sum(-1)
+    dtype, values = values.dtype, values.to(_widest(values))
+    if length > _LAST:
+        folds = (-(-length // _LAST) - 1).bit_length()
+        last = -(-length >> folds)  # rounded up
+        values = F.pad(values, (0, (last << folds) - length))
+        for fold in reversed(range(folds)):
+            values = values.unflatten(-1, (2, last << fold)).sum(-2)
+    return values.sum(-1).to(dtype)
+
+
+def _widest(like: Tensor) -> torch.dtype:
+    """float64 where the device has it."""
+    return like.dtype if like.device.type == "mps" else torch.float64
 
 
 def times(factor: Tensor, value: Tensor) -> Tensor:
@@ -131,9 +138,13 @@ def summarise(z: Tensor) -> RowSummary:
     top = z.detach().argmax(-1)
     z_top = pick(z, top)
     maximum = z_top.detach()
-    low = maximum - _HEADROOM
+    # Where every other class is far below, the sum would be one of subnormal numbers: it is taken
+    # from further down. Elsewhere low is m and back is one.
+    far = drop(z.detach(), top, -torch.inf).amax(-1) < maximum - _FAR
+    low = torch.where(far, maximum - _HEADROOM, maximum)
     exps = exp_difference(z, low.unsqueeze(-1))
-    back = exp_difference(low, maximum)  # exp(low - m), to the last digits
+    wide = _widest(z)  # one number a row: half an ulp
+    back = exp_difference(low.to(wide), maximum.to(wide)).to(z.dtype)
     rest = ordered_sum(drop(exps, top)) * back
     return RowSummary(top, maximum, exps * back.unsqueeze(-1), rest, z_top - maximum)
 
@@ -174,6 +185,6 @@ def pick(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
-def drop(values: Tensor, index: Tensor) -> Tensor:
-    """``values`` with a zero at ``index`` of each row."""
-    return values.scatter(-1, index.unsqueeze(-1), 0)
+def drop(values: Tensor, index: Tensor, fill: float = 0.0) -> Tensor:
+    """``values`` with a zero (or ``fill``) at ``index`` of each row."""
+    return values.scatter(-1, index.unsqueeze(-1), fill)

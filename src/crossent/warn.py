@@ -27,17 +27,21 @@ class ClassAxisWarning(CrossentWarning):
 
 
 def warn(message: str, category: type[CrossentWarning]) -> None:
-    """Warn at the first frame outside this package; Python's filters decide how often."""
+    """Warn at the line that called us, through torch's modules and modes or not.
+
+    Python's filters decide how often.
+    """
     if torch.compiler.is_compiling():
         return
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+    while frame.f_back is not None and _on_the_way(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
 
-def _is_ours(module: str) -> bool:
-    return module == __package__ or module.startswith(f"{__package__}.")
+def _on_the_way(module: str) -> bool:
+    """Whether a frame is this package's, or of the torch that calls it."""
+    return module.partition(".")[0] in (__package__, "torch")
 
 
 def warn_if_probabilities(logits: Tensor) -> None:
