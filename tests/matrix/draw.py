@@ -167,7 +167,8 @@ class _Draw:
                 t = t.masked_fill(gone, ignore)
         if ignore != -100:
             kinds = {"number": int, "numpy": _numpy, "tensor": torch.tensor}
-            self.options["ignore_index"] = kinds[pick("ignore kind", *kinds, share=0.3)](ignore)
+            names = ["number"] if self.limits.compiled else list(kinds)
+            self.options["ignore_index"] = kinds[pick("ignore kind", *names, share=0.3)](ignore)
         self.ignored = t == ignore if shape == rows else (t == ignore).all(-1)
         if shape != rows:
             t = t.movedim(-1, self.axis)
