@@ -291,7 +291,7 @@ class _Draw:
         if (
             self.takes("reuse_input")
             and self.limits.reuse
-            and pick("reuse_input", False, True, share=0.2)
+            and pick("reuse_input", False, True, share=0.5)
         ):
             how["reuse_input"] = True
 
@@ -310,6 +310,8 @@ class _Draw:
             and not half
         ):
             options += ["softmax"]
+            if not self.function.head and self.regime != "huge":
+                options.append("alias")
         dirty = self.source.chosen.get("dirty") or "shift" in self.options
         if "sample_weight" in self.leaves and not half and not dirty:
             options += ["confidence"]

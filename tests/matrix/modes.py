@@ -120,18 +120,39 @@ def saved_by_hooks(s: System) -> Numbers:
         return shared(s)
 
 
+def saved_as_they_are(s: System) -> Numbers:
+    """Hooks that keep the tensors: autograd no longer sees when one is overwritten."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        return shared(s)
+
+
+def shared_in_checkpoint(s: System) -> Numbers:
+    """All consumers inside of one checkpoint: they share what is computed again."""
+    if not s.ours:
+        return shared(s)
+    total = checkpoint(lambda: _with_consumers(s), use_reentrant=False)
+    slopes = s.slopes(total, upstream=torch.ones_like(total))
+    return {"all value": total, **s.named("all slope", slopes)}
+
+
 def shared(s: System) -> Numbers:
     """Other consumers of the same tensors, before and after."""
+    total = _with_consumers(s)
+    slopes = s.slopes(total, upstream=torch.ones_like(total))
+    return {"all value": total, **s.named("all slope", slopes)}
+
+
+def _with_consumers(s: System) -> Tensor:
     arguments = s.cell.build(s.leaves)
     x = arguments["input"]
     x = x * 1 if x.requires_grad else x
     arguments["input"] = x
-    before = torch.exp(-(x.nan_to_num(0, 0, 0) ** 2)).sum()
+    finite = bool(x.isfinite().all())
+    y = x if finite else x.nan_to_num(0, 0, 0)  # the very tensor, where its numbers allow it
+    before = torch.exp(-(y**2)).sum()
     value = s.with_arguments(arguments)
-    after = (x.nan_to_num(0, 0, 0) ** 2).sum()
-    total = (value * s.direction("upstream", value)).sum() + (before + after)
-    slopes = s.slopes(total, upstream=torch.ones_like(total))
-    return {"all value": total, **s.named("all slope", slopes)}
+    after = (y**2).sum()
+    return (value * s.direction("upstream", value)).sum() + (before + after)
 
 
 def hooked(order: int) -> Callable[[System], Numbers]:
@@ -249,6 +270,8 @@ EAGER = {
     "reentrant checkpoint": Mode(checkpointed(True), plain, _PLAIN),
     "save_on_cpu": Mode(saved_on_cpu, shared, _FULL),
     "saved_tensors_hooks": Mode(saved_by_hooks, shared, _FULL),
+    "tensors kept by hooks": Mode(saved_as_they_are, shared, _FULL),
+    "consumers in a checkpoint": Mode(shared_in_checkpoint, shared, _FULL),
     "other consumers": Mode(shared, shared, _FULL),
     "hooks": Mode(hooked(1), hooked(1), _EXACT),
     "hooks and second derivative": Mode(hooked(2), hooked(2), _EXACT),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from .refusals import refuse, refused
 from .run import MODES, pairs, run_cell
 
-CELLS = 6  # of each function and mode in a test run; make fuzz draws as many as there is time for
+CELLS = 8  # of each function and mode in a test run; make fuzz draws as many as there is time for
 
 
 @pytest.mark.parametrize(("function", "mode"), pairs(), ids=lambda name: name.replace(" ", "_"))

@@ -169,10 +169,9 @@ def _on_their_device(s: System) -> Numbers:
     return {"value": value, **stats, **s.named("slope", slopes)}
 
 
-_TRACED = Limits(halves=False, plain=True, reuse=False, layouts=False)
+_TRACED = Limits(halves=False, plain=True, reuse=False, layouts=False, compiled=True)
 _SHAPES = Limits(layouts=False, reuse=False)
 
-_COMPILED = _TRACED._replace(compiled=True)
 _MODULES = ("CrossEntropyLoss", "LinearCrossEntropyLoss", "patch")
 _LOSSES = ("loss", "log_prob", "entropy")
 
@@ -186,7 +185,7 @@ TRACING = {
         traced("symbolic", _by_autograd), plain, _TRACED, cells=1, without=_MODULES
     ),
     "make_fx, pre_dispatch": Mode(traced("pre_dispatch", _value), value_only, _TRACED, cells=2),
-    "compile": Mode(compiled, plain, _COMPILED, _LOSSES, cells=1, without=_MODULES),
+    "compile": Mode(compiled, plain, _TRACED, _LOSSES, cells=1, without=_MODULES),
     "wrapper subclass": Mode(wrapped, plain, _TRACED),
     "meta": Mode(on_meta, shapes, _SHAPES),
     "fake tensors": Mode(fake, shapes, _SHAPES, cells=3),
