@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from matrix.count import table
 from matrix.run import Outcome, minimal, pairs, run_cell
 
 
@@ -56,16 +57,11 @@ def hunt(
 
 def report(outcomes: Counter[tuple[str, str, str, str]], wrong: dict[str, list[Outcome]]) -> None:
     """Print the tables, then each kind of failure once."""
-    for title, place in (("function", 0), ("backend", 1), ("mode", 2)):
-        print(f"\n{title:<30}{'cells':>10}{'refused':>10}{'wrong':>10}")
-        names = dict.fromkeys(key[place] for key in outcomes)
-        for name in [*names, "all"]:
-            counts: Counter[str] = Counter()
-            for key, count in outcomes.items():
-                if name in (key[place], "all"):
-                    counts[key[3]] += count
-            total, refused, bad = sum(counts.values()), counts["refused"], counts["wrong"]
-            print(f"{name:<30}{total:>10}{refused:>10}{bad:>10}")
+    for title, place in (("function", 0), ("mode", 2)):
+        counts = [((key[place], key[1], key[3]), count) for key, count in outcomes.items()]
+        print("\n" + table(title, counts))
+    refused = sum(count for key, count in outcomes.items() if key[3] == "refused")
+    print(f"\nof all cells {refused} were refused by a named error that the documentation promises")
     for kind, found in wrong.items():
         least = minimal(found[0])
         print(f"\n{kind}: {len(found)} cells\n  {least.message}")

@@ -89,3 +89,4 @@ class Limits(NamedTuple):
     plain: bool = False  # one tensor comes back, targets are well inside their range
     small: bool = False  # few numbers: the mode makes a square or cube of them
     reuse: bool = True  # reuse_input may be asked for
+    compiled: bool = False  # numbers are numbers: a 0-d tensor would be an input of the graph

@@ -167,7 +167,8 @@ class _Draw:
                 t = t.masked_fill(gone, ignore)
         if ignore != -100:
             kinds = {"number": int, "numpy": _numpy, "tensor": torch.tensor}
-            self.options["ignore_index"] = kinds[pick("ignore kind", *kinds, share=0.3)](ignore)
+            names = ["number"] if self.limits.compiled else list(kinds)
+            self.options["ignore_index"] = kinds[pick("ignore kind", *names, share=0.3)](ignore)
         self.ignored = t == ignore if shape == rows else (t == ignore).all(-1)
         if shape != rows:
             t = t.movedim(-1, self.axis)
@@ -290,7 +291,7 @@ class _Draw:
         if (
             self.takes("reuse_input")
             and self.limits.reuse
-            and pick("reuse_input", False, True, share=0.2)
+            and pick("reuse_input", False, True, share=0.5)
         ):
             how["reuse_input"] = True
 
@@ -309,6 +310,8 @@ class _Draw:
             and not half
         ):
             options += ["softmax"]
+            if not self.function.head and self.regime != "huge":
+                options.append("alias")
         dirty = self.source.chosen.get("dirty") or "shift" in self.options
         if "sample_weight" in self.leaves and not half and not dirty:
             options += ["confidence"]

@@ -68,6 +68,9 @@ def link(kind: str, drawn: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
                 ),
             }
         return lambda a: {**a, "target": rounded(torch.softmax(a["input"], drawn.axis))}
+    if kind == "alias":  # the same memory, without a graph
+        _replace(drawn, "target", leaves["input"].dtype)
+        return lambda a: {**a, "target": a["input"].detach()}
     if kind == "confidence":
         axis = -1 if drawn.function.head else drawn.axis
         _replace(drawn, "sample_weight", leaves["input"].dtype)

@@ -1,27 +1,15 @@
-"""Modes of autograd that need no tracing. Each takes a System and gives numbers by name."""
+"""Modes of plain autograd. Each takes a System and gives numbers by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from .cells import Limits
-from .system import Numbers, System
-
-
-class Mode(NamedTuple):
-    """What is run on ours, what on the oracle, and on which cells."""
-
-    ours: Callable[[System], Numbers]
-    oracle: Callable[[System], Numbers]
-    limits: Limits = Limits()
-    families: tuple[str, ...] = ("loss", "log_prob", "entropy", "calculus")
-    cells: int = 0  # of each function in a test run, where a mode is slow; 0 is the usual number
+from .system import Mode, Numbers, System
 
 
 def plain(s: System) -> Numbers:
@@ -72,9 +60,7 @@ def infinite(s: System) -> Numbers:
     """An infinite upstream of rows that are ignored: their gradient stays exactly zero."""
     gone, arguments = s.cell.ignored, s.cell.build(s.leaves)
     x = arguments["input"] = arguments["input"].detach().clone().requires_grad_()
-    function = s.cell.function.call if s.ours else s.cell.function.oracle
-    out = function(**arguments, **s.cell.options, **s.cell.how)
-    value = out[0] if isinstance(out, tuple) else out
+    value = s.with_arguments(arguments)
     if gone is None:
         return {}
     if value.shape == gone.shape:
@@ -106,100 +92,6 @@ def higher(order: int) -> Callable[[System], Numbers]:
     return run
 
 
-def forward_mode(s: System) -> Numbers:
-    with forward_ad.dual_level():
-        duals = [
-            forward_ad.make_dual(t.detach(), s.direction(n, t))
-            for n, t in zip(s.wrt, s.inputs, strict=True)
-        ]
-        value, tangent = forward_ad.unpack_dual(s.of(*duals))
-    return {"value": value, "tangent": torch.zeros_like(value) if tangent is None else tangent}
-
-
-def forward_over_reverse(s: System) -> Numbers:
-    def slopes(*inputs: Tensor) -> tuple[Tensor, ...]:
-        value, pull = torch.func.vjp(s.of, *inputs)
-        return pull(s.direction("upstream", value))
-
-    inputs = tuple(t.detach() for t in s.inputs)
-    directions = tuple(s.direction(n, t) for n, t in zip(s.wrt, inputs, strict=True))
-    values, tangents = torch.func.jvp(slopes, inputs, directions)
-    return s.named("slope", list(values)) | s.named("tangent", list(tangents))
-
-
-def _copies(s: System) -> list[list[Tensor]]:
-    """Three versions of each input."""
-    return [[(t.detach() * f) for t in s.inputs] for f in (1.0, 0.5, 0.25)]
-
-
-def per_sample(s: System) -> Numbers:
-    """vmap over the gradient."""
-
-    def slopes(*inputs: Tensor) -> tuple[Tensor, ...]:
-        value, pull = torch.func.vjp(s.of, *inputs)
-        return (value, *pull(torch.ones_like(value)))
-
-    stacked = [torch.stack(c) for c in zip(*_copies(s), strict=True)]
-    value, *slope = torch.func.vmap(slopes)(*stacked)
-    return {"value": value, **s.named("slope", slope)}
-
-
-def per_sample_loop(s: System) -> Numbers:
-    values, slopes = [], []
-    for copies in _copies(s):
-        for n, t in zip(s.wrt, copies, strict=True):
-            s.leaves[n] = t.requires_grad_()
-        value = s.value()
-        values.append(value)
-        slopes.append(s.slopes(value, upstream=torch.ones_like(value)))
-    return {
-        "value": torch.stack(values),
-        **s.named("slope", [torch.stack(g) for g in zip(*slopes, strict=True)]),
-    }
-
-
-def batched(s: System) -> Numbers:
-    value = s.value()
-    factors = torch.tensor([1.0, -2.0, 0.5], dtype=value.dtype).reshape(-1, *[1] * value.dim())
-    upstream = factors * s.direction("upstream", value)
-    return s.named("slope", s.slopes(value, upstream=upstream, is_grads_batched=True))
-
-
-def batched_loop(s: System) -> Numbers:
-    value = s.value()
-    upstream = s.direction("upstream", value)
-    slopes = [s.slopes(value, upstream=f * upstream, retain_graph=True) for f in (1.0, -2.0, 0.5)]
-    return s.named("slope", [torch.stack(g) for g in zip(*slopes, strict=True)])
-
-
-def jacobian(s: System) -> Numbers:
-    k = tuple(range(len(s.wrt)))
-    return s.named("jacobian", list(torch.func.jacrev(s.of, k)(*(t.detach() for t in s.inputs))))
-
-
-def jacobian_loop(s: System) -> Numbers:
-    inputs = tuple(t.detach() for t in s.inputs)
-    return s.named("jacobian", list(torch.autograd.functional.jacobian(s.of, inputs)))
-
-
-def hessian(s: System) -> Numbers:
-    def scalar(x: Tensor) -> Tensor:
-        value = s.of(x)
-        return (value * s.direction("upstream", value)).sum()
-
-    s.wrt = s.wrt[-1:]
-    return {"hessian": torch.func.hessian(scalar)(s.inputs[0].detach())}
-
-
-def hessian_loop(s: System) -> Numbers:
-    def scalar(x: Tensor) -> Tensor:
-        value = s.of(x)
-        return (value * s.direction("upstream", value)).sum()
-
-    s.wrt = s.wrt[-1:]
-    return {"hessian": torch.autograd.functional.hessian(scalar, s.inputs[0].detach())}
-
-
 def checkpointed(reentrant: bool) -> Callable[[System], Numbers]:
     def run(s: System) -> Numbers:
         if not s.wrt:
@@ -228,20 +120,39 @@ def saved_by_hooks(s: System) -> Numbers:
         return shared(s)
 
 
+def saved_as_they_are(s: System) -> Numbers:
+    """Hooks that keep the tensors: autograd no longer sees when one is overwritten."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        return shared(s)
+
+
+def shared_in_checkpoint(s: System) -> Numbers:
+    """All consumers inside of one checkpoint: they share what is computed again."""
+    if not s.ours:
+        return shared(s)
+    total = checkpoint(lambda: _with_consumers(s), use_reentrant=False)
+    slopes = s.slopes(total, upstream=torch.ones_like(total))
+    return {"all value": total, **s.named("all slope", slopes)}
+
+
 def shared(s: System) -> Numbers:
     """Other consumers of the same tensors, before and after."""
+    total = _with_consumers(s)
+    slopes = s.slopes(total, upstream=torch.ones_like(total))
+    return {"all value": total, **s.named("all slope", slopes)}
+
+
+def _with_consumers(s: System) -> Tensor:
     arguments = s.cell.build(s.leaves)
     x = arguments["input"]
     x = x * 1 if x.requires_grad else x
     arguments["input"] = x
-    before = torch.exp(-(x.nan_to_num(0, 0, 0) ** 2)).sum()
-    function = s.cell.function.call if s.ours else s.cell.function.oracle
-    out = function(**arguments, **s.cell.options, **s.cell.how)
-    value = out[0] if isinstance(out, tuple) else out
-    after = (x.nan_to_num(0, 0, 0) ** 2).sum()
-    total = (value * s.direction("upstream", value)).sum() + (before + after)
-    slopes = s.slopes(total, upstream=torch.ones_like(total))
-    return {"all value": total, **s.named("all slope", slopes)}
+    finite = bool(x.isfinite().all())
+    y = x if finite else x.nan_to_num(0, 0, 0)  # the very tensor, where its numbers allow it
+    before = torch.exp(-(y**2)).sum()
+    value = s.with_arguments(arguments)
+    after = (y**2).sum()
+    return (value * s.direction("upstream", value)).sum() + (before + after)
 
 
 def hooked(order: int) -> Callable[[System], Numbers]:
@@ -284,10 +195,59 @@ def retained(s: System) -> Numbers:
     return {"value": value, "calls": torch.tensor(len(seen)), **s.named("slope", slopes)}
 
 
+def accumulated(s: System) -> Numbers:
+    """A second backward after the caller has written over the gradient of the first."""
+    value = s.value()
+    if not value.requires_grad:
+        return {"value": value, **s.named("slope", s.slopes(value))}
+    upstream = s.direction("upstream", value)
+    value.backward(upstream, retain_graph=True)
+    with torch.no_grad():
+        for t in s.inputs:
+            if t.grad is not None:
+                t.grad.fill_(0.0)
+    value.backward(upstream)
+    slopes = [torch.zeros_like(t) if t.grad is None else t.grad for t in s.inputs]
+    return {"value": value, **s.named("slope", slopes)}
+
+
+def edited(name: str) -> Callable[[System], Numbers]:
+    """An argument changed in place after the loss: the old gradient, or autograd's error."""
+
+    def run(s: System) -> Numbers:
+        arguments = s.cell.build(s.leaves)
+        if name not in arguments:
+            return {}
+        tensor = arguments[name]
+        arguments[name] = tensor = tensor * 1 if tensor.requires_grad else tensor.clone()
+        value = s.with_arguments(arguments)
+        if s.ours:
+            with torch.no_grad():
+                tensor.zero_()
+        return {"value": value, **s.named("slope", s.slopes(value))}
+
+    return run
+
+
+def autocast(s: System) -> Numbers:
+    """Halves come out as float32, as torch's loss does; products of a head stay exact."""
+    if not s.ours:
+        return _renamed_value(plain(s))
+    with torch.autocast("cpu", torch.bfloat16):
+        value, stats = s.outputs()
+    dtype = torch.promote_types(s.cell.dtype, torch.float32)
+    dtype = s.cell.how.get("return_dtype") or dtype
+    assert value.dtype == dtype, f"value under autocast: {value.dtype} for {dtype}"
+    return _renamed_value({"value": value, **stats, **s.named("slope", s.slopes(value))})
+
+
+def _renamed_value(numbers: Numbers) -> Numbers:
+    return {{"value": "cast"}.get(n, n): t for n, t in numbers.items()}
+
+
 _EXACT = Limits(halves=False, reuse=False)
-_FUNC = Limits(halves=False, plain=True, reuse=False)
+_PLAIN = Limits(plain=True)
 _FULL = Limits(halves=False)  # gradients of halves are rounded where consumers meet
-_SMALL = Limits(halves=False, plain=True, reuse=False, small=True)
 
 EAGER = {
     "plain": Mode(plain, plain),
@@ -295,19 +255,23 @@ EAGER = {
     "infinite upstream": Mode(infinite, infinite, families=("loss", "log_prob")),
     "no_grad": Mode(without_gradient, value_only),
     "inference_mode": Mode(inference, value_only),
+    "autocast": Mode(autocast, autocast, families=("loss", "log_prob", "entropy")),
     "second backward": Mode(twice, plain),
+    "gradient edited": Mode(accumulated, plain, _PLAIN),
+    "input edited": Mode(edited("input"), edited("input"), _FULL),
+    "target edited": Mode(edited("target"), edited("target"), _FULL),
+    "weight edited": Mode(edited("weight"), edited("weight"), _FULL, ("loss",)),
+    "sample_weight edited": Mode(
+        edited("sample_weight"), edited("sample_weight"), _FULL, ("loss",)
+    ),
     "second derivative": Mode(higher(2), higher(2), _EXACT),
-    "third derivative": Mode(higher(3), higher(3), Limits(False, True, True, reuse=False)),
-    "forward mode": Mode(forward_mode, forward_mode, _EXACT),
-    "forward over reverse": Mode(forward_over_reverse, forward_over_reverse, _FUNC),
-    "vmap of grad": Mode(per_sample, per_sample_loop, _FUNC),
-    "is_grads_batched": Mode(batched, batched_loop, _EXACT),
-    "jacrev": Mode(jacobian, jacobian_loop, _SMALL),
-    "hessian": Mode(hessian, hessian_loop, _SMALL),
-    "checkpoint": Mode(checkpointed(False), plain, Limits(plain=True)),
-    "reentrant checkpoint": Mode(checkpointed(True), plain, Limits(plain=True)),
+    "third derivative": Mode(higher(3), higher(3), _EXACT),
+    "checkpoint": Mode(checkpointed(False), plain, _PLAIN),
+    "reentrant checkpoint": Mode(checkpointed(True), plain, _PLAIN),
     "save_on_cpu": Mode(saved_on_cpu, shared, _FULL),
     "saved_tensors_hooks": Mode(saved_by_hooks, shared, _FULL),
+    "tensors kept by hooks": Mode(saved_as_they_are, shared, _FULL),
+    "consumers in a checkpoint": Mode(shared_in_checkpoint, shared, _FULL),
     "other consumers": Mode(shared, shared, _FULL),
     "hooks": Mode(hooked(1), hooked(1), _EXACT),
     "hooks and second derivative": Mode(hooked(2), hooked(2), _EXACT),

@@ -12,11 +12,13 @@ import crossent
 
 from .cells import Cell
 from .draw import draw
-from .modes import EAGER, Mode
-from .system import OracleError, check
+from .modes import EAGER
+from .system import Mode, OracleError, check
 from .table import FUNCTIONS
+from .tracing import TRACING
+from .transforms import TRANSFORMS
 
-MODES: dict[str, Mode] = {**EAGER}
+MODES: dict[str, Mode] = {**EAGER, **TRANSFORMS, **TRACING}
 
 
 class Outcome(NamedTuple):
@@ -44,6 +46,7 @@ def pairs() -> list[tuple[str, str]]:
         for mode in MODES
         for function in FUNCTIONS
         if FUNCTIONS[function].family in MODES[mode].families
+        if function not in MODES[mode].without
     ]
 
 
@@ -71,12 +74,13 @@ def _judge(cell: Cell, mode: str, error: Exception) -> tuple[str, str]:
     """Whether an error is one that the documentation promises for this cell."""
     several = cell.source.chosen.get("several") is not None
     by_kernels = cell.how.get("backend") == "cpu"
-    kernels_lack = cell.function.family == "entropy" or several
+    kernels_lack = cell.function.family == "entropy" or several or mode == "meta"
     if isinstance(error, crossent.BackendError) and by_kernels and kernels_lack:
         return "refused", str(error)
     overwritten = "modified by an inplace operation" in str(error)
-    shares = mode in ("second backward", "other consumers") or cell.source.chosen.get("link")
-    if cell.how.get("reuse_input") and overwritten and shares:
+    twice = ("second backward", "other consumers", "gradient edited")
+    shares = mode in twice or cell.source.chosen.get("link")
+    if overwritten and (mode.endswith("edited") or (cell.how.get("reuse_input") and shares)):
         return "refused", str(error)
     if isinstance(error, AssertionError):
         return "wrong", str(error).splitlines()[0]

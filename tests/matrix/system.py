@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import naive
 import torch
 from torch import Tensor
 
-from .cells import EPS, Cell
+from .cells import EPS, Cell, Limits
 
 Numbers = dict[str, Tensor]
 _DRAWS = 3  # of noise
@@ -58,6 +58,12 @@ class System:
         """The value alone."""
         return self.outputs(leaves)[0]
 
+    def with_arguments(self, arguments: dict[str, Any]) -> Tensor:
+        """The value of these tensor arguments."""
+        function = self.cell.function.call if self.ours else self.cell.function.oracle
+        out = function(**arguments, **self.cell.options, **self.cell.how)
+        return out[0] if isinstance(out, tuple) else out
+
     def of(self, *inputs: Tensor) -> Tensor:
         """The value as a function of the tensors in ``inputs``."""
         return self.value({**self.leaves, **dict(zip(self.wrt, inputs, strict=True))})
@@ -66,6 +72,7 @@ class System:
         """Multiples of 1/8, the same for both, exact in each dtype."""
         dice = random.Random(f"{self.cell.source.stream}/direction/{name}")  # vmap forbids torch's
         eighths = [dice.randrange(-12, 13) / 8 for _ in range(math.prod(like.shape))]
+        eighths = [e or 0.75 for e in eighths] if len(eighths) == 1 else eighths
         return torch.tensor(eighths, dtype=like.dtype).reshape(like.shape)
 
     def slopes(self, value: Tensor, **how: Any) -> list[Tensor]:
@@ -83,6 +90,17 @@ class System:
     def named(self, prefix: str, tensors: list[Tensor]) -> Numbers:
         """Tensors by the names of the inputs."""
         return {f"{prefix} {n}": t for n, t in zip(self.wrt, tensors, strict=True)}
+
+
+class Mode(NamedTuple):
+    """What is run on ours, what on the oracle, and on which cells."""
+
+    ours: Callable[[System], Numbers]
+    oracle: Callable[[System], Numbers]
+    limits: Limits = Limits()
+    families: tuple[str, ...] = ("loss", "log_prob", "entropy", "calculus")
+    cells: int = 0  # of each function in a test run, where a mode is slow; 0 is the usual number
+    without: tuple[str, ...] = ()  # functions that the mode is not for
 
 
 def check(
@@ -117,8 +135,8 @@ def _cancels(cell: Cell, name: str) -> bool:
     """Whether a number is no more than a difference of larger ones: its error is theirs.
 
     The gradient of a loss or a log-probability by its logits keeps its own digits: that is a
-    promise. Beside other consumers ("all"), by the factors of a mean, and where there is but one
-    class, it is a sum whose terms are larger.
+    promise. Beside other consumers ("all"), by the factors of a mean, where there is but one class,
+    and by a tensor that reaches the loss in two ways, it is a sum whose terms are larger.
     """
     kind, *words = name.split()
     if kind in ("tangent", "jacobian", "hessian", "all"):
@@ -126,8 +144,9 @@ def _cancels(cell: Cell, name: str) -> bool:
     if kind != "slope":
         return False
     factor = words[-1] in ("weight", "sample_weight", "denominator", "logit_scale")
-    loose = words[0] in ("2", "3") or factor or cell.source.chosen["classes"] == 1
-    return loose or cell.function.family in ("entropy", "calculus")
+    one = cell.source.chosen["classes"] == 1
+    loose = words[0] in ("2", "3") or factor or one or cell.source.chosen["link"]
+    return bool(loose) or cell.function.family in ("entropy", "calculus")
 
 
 def _coarsest(cell: Cell, name: str, value: Tensor) -> float:
