@@ -378,3 +378,141 @@ def test_what_is_no_dense_tensor_is_refused_with_the_fix(case):
     }.items():
         with pytest.raises(TypeError, match=rf"^{name}: .*{fix}"):
             call()
+
+
+def test_forward_mode_that_begins_at_backward():
+    x, w = torch.randn(3, 5, requires_grad=True), torch.randn(5, 5)
+    ad = torch.autograd.forward_ad
+    for ours, theirs in (
+        (ce(x, T, reduction="none"), F.cross_entropy(x, T, reduction="none")),
+        (ce(x, T, z_loss=1e-30), F.cross_entropy(x, T)),
+        (ce(x, T), F.cross_entropy(x, T)),
+        (ce(x, T, reduction="none", reuse_input=True), F.cross_entropy(x, T, reduction="none")),
+        (crossent.log_prob(x, T), -F.cross_entropy(x, T, reduction="none")),
+        (lce(x, w, T, reduction="sum"), F.cross_entropy(x @ w.T, T, reduction="sum")),
+        (lce(x, w, T, reduction="none"), F.cross_entropy(x @ w.T, T, reduction="none")),
+    ):
+        with ad.dual_level():
+            above = ad.make_dual(torch.ones_like(ours), torch.ones_like(ours) * 2)
+            found = [ad.unpack_dual(grad(v, x, above)[0]) for v in (ours, theirs)]
+            torch.testing.assert_close(found[0].primal, found[1].primal)
+            torch.testing.assert_close(found[0].tangent, found[1].tangent)
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_exported_losses_run_eagerly_have_second_derivatives(reduction):
+    x, w = (torch.randn(s, requires_grad=True) for s in ((3, 4), (5, 4)))
+    loss = Loss(lambda x, w, t: lce(x, w, t, reduction=reduction, z_loss=0.1))
+    rows = Loss(lambda x, w, t: ce(x @ w.T, t, reduction=reduction, z_loss=0.1))
+    for module in (loss, rows):
+        exported = torch.export.export(module, (x, w, T)).module()
+        assert_same(
+            lambda: exported(x, w, T).sum(),  # noqa: B023
+            lambda: module(x, w, T).sum(),  # noqa: B023
+            x,
+            w,
+            rtol=1e-5,
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exported_losses_with_other_gradients_than_they_were_made_for():
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    exported = torch.export.export(Loss(lambda x, w, t: lce(x, w, t)), (x, w, T)).module()
+    trained = w.clone().requires_grad_()
+    found = grad(exported(x, trained, T), (x, trained))
+    torch.testing.assert_close(found, grad(lce(x, trained, T), (x, trained)))
+    weights = torch.rand(5)
+    for function, given in (
+        (lambda x, w, t, c: lce(x, w, t, weight=c), (x, w, T, weights)),
+        (lambda x, w, t, c: ce(x @ w.T, t, c), (x, w, T, weights)),
+    ):
+        exported = torch.export.export(Loss(function), given).module()
+        loss = exported(x, w, T, weights.clone().requires_grad_())
+        with pytest.raises(RuntimeError, match="weight: expected no gradient"):
+            loss.backward()
+
+
+def test_heads_of_several_dimensions_have_torchs_dtype():
+    x, t = torch.randn(4, 3), torch.zeros(4, 2, dtype=torch.int64)
+    w, y = torch.randn(5, 2, 3), torch.rand(4, 5, 2).double()
+    assert lce(x, w, y).dtype is torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lce(x.bfloat16(), w.bfloat16(), t).dtype is torch.float32
+        assert lce(x.bfloat16(), w[:, 0].bfloat16(), t[:, 0]).dtype is torch.float32
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(2j), torch.tensor(True), torch.ones(2)])
+def test_scales_that_are_no_number(scale):
+    x, w = torch.randn(3, 5), torch.randn(5, 5)
+    for call in (
+        lambda: ce(x, T, logit_scale=scale),
+        lambda: lce(x, w, T, logit_scale=scale),
+        lambda: crossent.entropy(x, logit_scale=scale),
+    ):
+        with pytest.raises((TypeError, ValueError), match="logit_scale: expected"):
+            call()
+    with pytest.raises((TypeError, ValueError), match="z_loss: expected"):
+        ce(x, T, z_loss=torch.zeros(2))
+
+
+def test_chunk_rows_are_checked_on_every_path():
+    x, w = torch.randn(3, 5), torch.randn(5, 5)
+    scale = torch.tensor(1.0)
+    for call in (
+        lambda: lce(x, w, T, chunk_rows=0, logit_scale=scale),
+        lambda: crossent.linear_log_prob(x, w, T, chunk_rows=0, logit_scale=scale),
+        lambda: crossent.linear_entropy(x, w, chunk_rows=0, logit_scale=scale),
+        lambda: torch.func.grad(lambda x: crossent.linear_entropy(x, w, chunk_rows=0).sum())(x),
+    ):
+        with pytest.raises(ValueError, match="chunk_rows: expected at least one row"):
+            call()
+
+
+def test_return_dtype_is_obeyed_where_torch_transforms():
+    x, w = 30 * torch.randn(3, 5), torch.randn(5, 5)
+    more = dict(return_dtype=torch.float64)
+    for function in (
+        lambda x: crossent.linear_log_prob(x, w, T, **more),
+        lambda x: crossent.linear_entropy(x, w, **more),
+        lambda x: lce(x, w, T, reduction="none", **more),
+    ):
+        transformed = torch.func.vjp(function, x)[0]
+        torch.testing.assert_close(transformed, function(x), rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_of_every_size_are_the_whole(monkeypatch):
+    from crossent import derivatives
+
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    t = torch.randint(5, (2, 3, 4))
+    t[0, 1] = -100
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    w, s = (torch.rand(n, dtype=torch.float64, requires_grad=True) for n in (5, (2, 3, 4)))
+
+    def ours():
+        return ce(x, t, w, sample_weight=s, logit_scale=scale)
+
+    def theirs():
+        return naive_loss(x, t, w, sample_weight=s, logit_scale=scale)
+
+    for block in (1, 10, 40, 2**18):
+        monkeypatch.setattr(derivatives, "_BLOCK", block)
+        assert_same(ours, theirs, x, scale, w, s)
+
+
+def test_inference_tensors_may_be_scored():
+    with torch.inference_mode():
+        x = torch.randn(3, 5)
+    y = torch.rand(3, 5, requires_grad=True)
+    torch.testing.assert_close(grad(ce(x, y), y), grad(F.cross_entropy(x, y), y))

@@ -18,13 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .torch_internals import forward_mode, no_autocast, plain
+from .torch_internals import no_autocast, plain
 
 MaybeTensors = tuple[Tensor | None, ...]
 Place = tuple[slice, ...]  # some rows: an index into the leading axes
 
 _BLOCK = 2**18  # numbers in a block: what is made of one stays in a CPU's cache
 _BLOCK_ELSEWHERE = 2**23  # on a GPU each block costs launches
+
+
+def rows_at_once(row_size: int, device: torch.device) -> int:
+    """Rows of so many numbers each that make a block."""
+    return max(1, (_BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE) // max(1, row_size))
 
 
 def pull(
@@ -87,32 +92,39 @@ class RowMap(NamedTuple):
     call: Callable[..., tuple[Tensor, ...]]
     by_row: tuple[bool, ...]  # which of its tensors have rows
     row_axes: int  # how many leading axes are rows; the first tensor has them
-    row_size: int  # numbers that are made of a row at a time
+    block: int  # about how many rows are taken at a time
     gives_rows: tuple[bool, ...] | None = None  # which results have rows; None: all
     differentiable: int | None = 1  # how many of the results have a derivative; None: all
+    core: Callable[..., tuple[Tensor, ...]] | None = None  # ``call`` without the other results
 
     def pullback(self, needed: tuple[bool, ...], given: tuple[bool, ...]) -> RowMap:
         """From tensors and upstream gradients of some results to the gradients that are needed."""
-        count = len(self.by_row)
+        count, core = len(self.by_row), self.core or self.call
 
         def call(*tensors: Tensor | None) -> tuple[Tensor, ...]:
             above = iter(tensors[count:])
             upstream = tuple(next(above) if g else None for g in given)
-            return pull(self.call, tensors[:count], needed, upstream)
+            return pull(core, tensors[:count], needed, upstream)
 
         rows = self.gives_rows or (True,) * len(given)
         above_by_row = tuple(row for row, g in zip(rows, given, strict=True) if g)
         gives = tuple(row for row, wanted in zip(self.by_row, needed, strict=True) if wanted)
         return self._replace(
-            call=call, by_row=self.by_row + above_by_row, gives_rows=gives, differentiable=None
+            call=call,
+            by_row=self.by_row + above_by_row,
+            gives_rows=gives,
+            differentiable=None,
+            core=None,
         )
 
 
 def by_blocks(function: RowMap, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """``function(*tensors)``, block by block where nothing is against it."""
-    if not plain(*tensors) or forward_mode():
+    if not plain(*tensors):
         return function.call(*tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        # Tensors made in inference mode cannot be saved.
+        tensors = tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)
         blockwise: Any = _ByBlocks  # torch leaves apply untyped
         results: tuple[Tensor, ...] = blockwise.apply(function, *tensors)
         return results
@@ -152,7 +164,7 @@ def _run(function: RowMap, tensors: MaybeTensors) -> tuple[Tensor, ...]:
     first = tensors[0]
     if first is None:
         raise TypeError("by_blocks: expected rows first, got None")
-    places = _places(first.shape[: function.row_axes], function.row_size, first.device.type)
+    places = _places(first.shape[: function.row_axes], function.block)
     if len(places) == 1:
         return function.call(*tensors)
     whole: list[Tensor] = []
@@ -188,18 +200,18 @@ def _room(value: Tensor, like: Tensor, axes: int) -> Tensor:
     return value.new_empty(shape)
 
 
-def _places(shape: torch.Size, row_size: int, device: str) -> list[Place]:
+def _places(shape: torch.Size, block: int) -> list[Place]:
     """Blocks of rows: slices of one axis, of each index of the axes before it."""
-    budget = max(1, (_BLOCK if device == "cpu" else _BLOCK_ELSEWHERE) // max(1, row_size))
     rows = math.prod(shape)
-    if rows <= budget:
+    if rows <= block:
         return [()]
     places: list[Place] = [()]
     for size in shape:
         rows //= size
-        step = max(1, budget // rows)
+        step = max(1, block // rows)
+        step = -(-size // -(-size // step))  # as many blocks, of about the same size
         cuts = [slice(begin, min(begin + step, size)) for begin in range(0, size, step)]
         places = [(*place, cut) for place in places for cut in cuts]
-        if step > 1 or rows <= budget:
+        if rows <= block:
             break
     return places

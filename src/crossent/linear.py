@@ -71,9 +71,10 @@ def linear_cross_entropy(
     a second time. Rows that are ignored are left out of all of it. Products and sums are taken in
     float32 (float64 for float64), so that half precision gives the same loss for every chunk size.
 
-    Derivatives of higher order, forward mode and ``torch.func`` go through the plain logits, which
-    need their memory. Under ``torch.compile`` the head is one operator of the graph, with exact
-    gradients.
+    Derivatives of higher order, and those by a tensor ``logit_scale``, by targets or weights, are
+    taken by plain torch, a block of rows at a time. Forward mode and ``torch.func`` go through the
+    plain logits, which need their memory. Under ``torch.compile`` and ``torch.export`` the head is
+    one operator of the graph, with exact gradients whatever ``gradient_tolerance`` says.
 
     Args:
         input: features (..., D), floating point.
@@ -88,7 +89,8 @@ def linear_cross_entropy(
         shift: row i of the last leading axis is scored against target i + shift.
         gradient_tolerance: tau; above 0 the gradients are sparse, and the two products that make
             them take time in proportion to what is left. The loss stays exact. Derivatives of
-            other kinds than a plain backward are exact, too.
+            other kinds than a plain backward, compiled ones, and those of a K-dimensional weight
+            are exact, too.
         gradient_mode: "bounded": in each row the entries p - y of smallest size are dropped as long
             as they add up to at most tau, so that dx is off by at most tau max_c |W_c| (in any
             norm), dW by at most tau sum |x| (Frobenius), each row times its weight in the loss.
@@ -168,7 +170,7 @@ def linear_cross_entropy(
     if compiling:
         loss, *stats = (compiled_rows(head, function.problem, chunk_rows, uniform),)
     elif needs_reference(problem):
-        rows, factors = head_map(head, function)
+        rows, factors = head_map(head, function, plan_for(head, chunk_rows))
         loss, *stats = by_blocks(rows, *factors)
     else:
         loss, *stats = sweep_rows(head, function, plan_for(head, chunk_rows), uniform)
@@ -212,14 +214,13 @@ def _several_dimensions(
     input, weight, target, bias, class_weight, sample_weight = tensors
     flat = Head(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
     shape = (input.shape[0], *weight.shape[:-1])
-    like = input.detach().new_empty(()).expand(shape)
+    like = shape_of_logits(input, flat.weight).new_empty(()).expand(shape)
     problem = pose(like, target, class_weight, sample_weight, denominator, options._replace(dim=1))
     if problem.by_index:
         flat = flat.without(problem.counted().flatten(1).any(1))
     logits = flat.logits().reshape(shape)
     keywords = _keywords(options, sample_weight, denominator)
-    dtype = options.return_dtype or torch.promote_types(input.dtype, weight.dtype)
-    keywords.update(dim=1, return_dtype=dtype)
+    keywords.update(dim=1, return_dtype=problem.logits.result_dtype)
     return cross_entropy(logits, target, class_weight, **keywords)
 
 

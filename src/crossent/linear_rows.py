@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from .backends import check_entropy, check_selection
+from .chunks import check_chunk_rows
 from .derivatives import by_blocks
 from .eligibility import needs_operations
 from .functional import entropy, log_prob
@@ -73,6 +74,7 @@ def linear_log_prob(
         keywords = dict(options._asdict(), linear_bias=linear_bias, chunk_rows=chunk_rows)
         return cast("Tensor", ask(linear_log_prob, tensors, tensors[:3], keywords))
     check_head(input, linear_weight, linear_bias)
+    chunk_rows = None if chunk_rows is None else check_chunk_rows(chunk_rows)
     logits = shape_of_logits(input, linear_weight)
     selection = pose_selection(logits, index, options)
     check_selection(selection)
@@ -85,6 +87,7 @@ def linear_log_prob(
             ignore_index=ignore_index,
             softcap=softcap,
             logit_scale=logit_scale,
+            return_dtype=selection.logits.result_dtype,
             backend=backend,
         )
     else:
@@ -96,7 +99,7 @@ def linear_log_prob(
 def _of_rows(head: Head, function: RowFunction, chunk_rows: int | None) -> Tensor:
     """The first of the numbers of each row, without the logits of all of them."""
     if function.factors()[-1] is not None:  # a scale that may have a gradient of its own
-        rows, tensors = head_map(head, function)
+        rows, tensors = head_map(head, function, plan_for(head, chunk_rows))
         return by_blocks(rows, *tensors)[0]
     return sweep_rows(head, function, plan_for(head, chunk_rows), uniform=False)[0]
 
@@ -146,6 +149,7 @@ def linear_entropy(
         keywords = dict(options._asdict(), linear_bias=linear_bias, chunk_rows=chunk_rows)
         return cast("Tensor", ask(linear_entropy, tensors, tensors[:2], keywords))
     check_head(input, linear_weight, linear_bias)
+    chunk_rows = None if chunk_rows is None else check_chunk_rows(chunk_rows)
     shape = shape_of_logits(input, linear_weight)
     logits = pose_logits(shape, options)
     check_entropy(logits)
@@ -155,6 +159,7 @@ def linear_entropy(
             head.logits().reshape(shape.shape),
             softcap=softcap,
             logit_scale=logit_scale,
+            return_dtype=logits.result_dtype,
             backend=backend,
         )
     else:

@@ -36,43 +36,41 @@ _SAVED, _PLAIN_SAVED = 5, 2
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
 _FACTORS = "Tensor? weight, Tensor? sample_weight"
 
-_library = torch.library.Library("crossent", "DEF")
-_library.define(
+library = torch.library.Library("crossent", "DEF")
+library.define(
     f"forward(Tensor logits, Tensor target, {_FACTORS}, bool wide, {_OPTIONS}, bool stats)"
     " -> (Tensor loss, Tensor mass, Tensor saved,"
     " Tensor lse, Tensor log_prob, Tensor entropy, Tensor argmax, Tensor wrong)"
 )
-_library.define(
+library.define(
     f"total(Tensor logits, Tensor target, {_FACTORS}, bool wide, {_OPTIONS})"
     " -> (Tensor totals, Tensor saved)"
 )
-_library.define(
+library.define(
     f"backward(Tensor upstream, Tensor logits, Tensor target, {_FACTORS}, Tensor saved,"
     f" {_OPTIONS}) -> Tensor"
 )
-_library.define(
+library.define(
     f"backward_(Tensor(a!) logits, Tensor upstream, Tensor target, {_FACTORS}, Tensor saved,"
     f" {_OPTIONS}) -> ()"
 )
-_library.define(
+library.define(
     "small(Tensor logits, Tensor target, int ignore_index, bool mean, bool differentiate)"
     " -> (Tensor loss, Tensor gradient, int odd)"
 )
-_library.define(
-    "standing(Tensor logits, Tensor target) -> (Tensor rank, Tensor rival, Tensor best)"
-)
-_library.define("advise(Tensor memory) -> ()")
-_library.define(
+library.define("standing(Tensor logits, Tensor target) -> (Tensor rank, Tensor rival, Tensor best)")
+library.define("advise(Tensor memory) -> ()")
+library.define(
     "thin(Tensor gradient, Tensor scale, Tensor target, Tensor row, float tau, bool unbiased,"
     " int seed, int limit) -> (Tensor start, Tensor column, Tensor value)"
 )
-_library.define("gather(Tensor start, Tensor column, Tensor value, Tensor weight) -> Tensor")
-_library.define(
+library.define("gather(Tensor start, Tensor column, Tensor value, Tensor weight) -> Tensor")
+library.define(
     "scatter_(Tensor(a!) dweight, Tensor start, Tensor column, Tensor value, Tensor x) -> ()"
 )
 
 
-@torch.library.register_fake("crossent::forward", lib=_library)
+@torch.library.register_fake("crossent::forward", lib=library)
 def _forward(
     logits: Tensor,
     target: Tensor,
@@ -100,13 +98,13 @@ def _forward(
     )
 
 
-@torch.library.register_fake("crossent::total", lib=_library)
+@torch.library.register_fake("crossent::total", lib=library)
 def _total(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     saved = _forward(logits, target, *rest, False)[2]
     return logits.new_empty(3, dtype=torch.float64), saved
 
 
-@torch.library.register_fake("crossent::small", lib=_library)
+@torch.library.register_fake("crossent::small", lib=library)
 def _small(
     logits: Tensor, target: Tensor, ignore_index: int, mean: bool, differentiate: bool
 ) -> tuple[Tensor, Tensor, int]:
@@ -114,59 +112,39 @@ def _small(
     return logits.new_empty(()), gradient, 0
 
 
-@torch.library.register_fake("crossent::backward", lib=_library)
+@torch.library.register_fake("crossent::backward", lib=library)
 def _backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-@torch.library.register_fake("crossent::backward_", lib=_library)
+@torch.library.register_fake("crossent::backward_", lib=library)
 def _backward_(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake("crossent::standing", lib=_library)
+@torch.library.register_fake("crossent::standing", lib=library)
 def _standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     best = logits.new_empty(target.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     return torch.empty_like(target), torch.empty_like(target), best
 
 
-@torch.library.register_fake("crossent::advise", lib=_library)
+@torch.library.register_fake("crossent::advise", lib=library)
 def _advise(memory: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("crossent::thin", lib=_library)
+@torch.library.register_fake("crossent::thin", lib=library)
 def _thin(gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     left = torch.library.get_ctx().new_dynamic_size()
     start = gradient.new_empty(gradient.shape[0] + 1, dtype=torch.int64)
     return start, gradient.new_empty(left, dtype=torch.int32), gradient.new_empty(left)
 
 
-@torch.library.register_fake("crossent::gather", lib=_library)
+@torch.library.register_fake("crossent::gather", lib=library)
 def _gather(start: Tensor, column: Tensor, value: Tensor, weight: Tensor) -> Tensor:
     return value.new_empty(start.shape[0] - 1, weight.shape[1])
 
 
-@torch.library.register_fake("crossent::scatter_", lib=_library)
+@torch.library.register_fake("crossent::scatter_", lib=library)
 def _scatter_(*_: Any) -> None:
     return None
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, weight, sample_weight, _, *options = inputs
-    ctx.save_for_backward(logits, target, weight, sample_weight, output[2])
-    ctx.options = options[:-1]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradient = None
-    if upstream is not None:
-        gradient = torch.ops.crossent.backward(upstream, *ctx.saved_tensors, *ctx.options)
-    return (gradient, *[None] * 10)
-
-
-torch.library.register_autograd(
-    "crossent::forward", _differentiate, setup_context=_keep, lib=_library
-)

@@ -43,14 +43,14 @@ class Options(NamedTuple):
     def plain(self) -> bool:
         """Whether nothing is asked for but the mean or sum that torch would give."""
         ignore_index, reduction, *others, backend = self
-        if self.label_smoothing is False or self.z_loss is False or self.shift is False:
-            return False  # equal to 0, but no number
         return (
             type(ignore_index) is int
             and reduction in ("mean", "sum")
-            and type(self.logit_scale) is float
-            and others == _PLAIN
             and backend in ("auto", "cpu")
+            and all(
+                mine is usual or (type(mine) is type(usual) and mine == usual)
+                for mine, usual in zip(others, _PLAIN, strict=True)
+            )
         )
 
     def checked(self) -> Options:
@@ -114,6 +114,8 @@ def check_scalar(name: str, value: float | Tensor, low: float = -math.inf) -> fl
         raise ValueError(
             f"{name}: expected a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}"
         )
+    if value.dtype is torch.bool or value.is_complex():
+        raise TypeError(f"{name}: expected a real number, got a tensor of {value.dtype}")
     if low > -math.inf and value.device.type == "cpu" and readable(value):
         _as_number(name, value.item(), low)
     return value
@@ -136,11 +138,15 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _as_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not (
-        isinstance(value, (float, int)) or hasattr(value, "__float__")
-    ):
+    number = None
+    if not isinstance(value, bool):
+        if isinstance(value, (float, int)):
+            number = value
+        elif hasattr(value, "__float__"):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):  # several elements
+                number = float(value)
+    if number is None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    number = value if isinstance(value, (int, float)) else float(value)
     if not (low <= number <= high) or number in (math.inf, -math.inf):
         bounds = "a finite number" if low == -math.inf else f"a finite number of at least {low:g}"
         if high != math.inf:

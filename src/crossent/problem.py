@@ -103,7 +103,12 @@ class Problem(NamedTuple):
             logits=self.logits.bare(), target=NOTHING, sample_weight=None, weight=None
         )
 
-    def verified(self) -> Problem:
+    def without_stats(self) -> Problem:
+        """The same where the loss alone is wanted."""
+        options = self.options._replace(return_stats=False)
+        return self._replace(logits=self.logits._replace(options=options))
+
+    def verified(self, name: str = "target") -> Problem:
         """The same problem, once its targets have been looked at, where that can be done.
 
         Apart from posing it, because kernels see to it in passing.
@@ -111,7 +116,7 @@ class Problem(NamedTuple):
         if not self.by_index or not readable(self.target):
             return self
         ignore_index, classes = self.options.ignore_index, self.logits.rows.shape[-1]
-        check_range("target", self.target, classes, ignore_index, self.options.shift)
+        check_range(name, self.target, classes, ignore_index, self.options.shift)
         may_ignore = bool((self.target == ignore_index).any())
         return self._replace(may_ignore=may_ignore, in_range=True)
 

@@ -204,7 +204,7 @@ class Fused(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or not plain(upstream):
             above = upstream.expand(input.shape[0]) if ctx.uniform else upstream
-            gradients = _pulled(head, function, above, needs)
+            gradients = pulled(head, function, ctx.plan, above, needs)
         elif ctx.uniform:  # scaled afterwards, whether made in forward or now: the same bits
             gradients, ctx.ready = ctx.ready, None
             if gradients is None:
@@ -245,10 +245,13 @@ def as_given(head: Head, gradients: Gradients, needs: tuple[bool, ...]) -> Gradi
     return dx, dweight, dbias
 
 
-def head_map(head: Head, function: RowFunction) -> tuple[RowMap, tuple[Tensor | None, ...]]:
+def head_map(
+    head: Head, function: RowFunction, plan: Plan
+) -> tuple[RowMap, tuple[Tensor | None, ...]]:
     """The numbers of rows as a function of features, weight, bias and factors; and these.
 
-    Weight and bias in the dtype of products, so that their gradients are summed in it.
+    Weight and bias in the dtype of products, so that their gradients are summed in it. A block has
+    a quarter of a chunk's rows: what is made of it is several times its logits.
     """
     bare, dtype = function.bare(), head.dtype
 
@@ -260,15 +263,19 @@ def head_map(head: Head, function: RowFunction) -> tuple[RowMap, tuple[Tensor | 
 
     bias = None if head.bias is None else head.bias.to(dtype)
     tensors = (head.input, head.weight.to(dtype), bias, *function.factors())
-    row_size = sum(head.weight.shape)
-    return RowMap(call, (True, False, False, *function.by_row), 1, row_size), tensors
+    block = max(1, plan.chunk_rows // 4)
+    return RowMap(call, (True, False, False, *function.by_row), 1, block), tensors
 
 
-def _pulled(
-    head: Head, function: RowFunction, upstream: Tensor, needs: tuple[bool, bool, bool]
+def pulled(
+    head: Head,
+    function: RowFunction,
+    plan: Plan,
+    upstream: Tensor,
+    needs: tuple[bool, bool, bool],
 ) -> Gradients:
     """The same gradients with a graph that autograd can follow."""
-    rows, tensors = head_map(head, function)
+    rows, tensors = head_map(head, function, plan)
     needed = needs + (False,) * (len(tensors) - 3)
     found = iter(by_blocks(rows.pullback(needed, (True,)), *tensors, upstream))
     dx, dweight, dbias = (next(found) if wanted else None for wanted in needs)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from .arithmetic import ordered_sum
+from .backends.graphs import check_factors
+from .chunks import Plan
 from .head import Head, shape_of_logits
 from .options import Options
 from .problem import Problem, pose
 from .rowwise import LossRows
-from .sweep import Gradients, Swept, as_given, plan_for, sweep
+from .sweep import Gradients, Swept, as_given, plan_for, pulled, sweep
 from .torch_internals import autograd_inside_operators
 
 _TENSORS = (
@@ -68,8 +70,8 @@ def compiled_rows(head: Head, problem: Problem, chunk_rows: int | None, uniform:
     return loss
 
 
-def _swept(arguments: tuple[Any, ...], upstream: Tensor | None, needs: Any) -> Swept:
-    """The sweep that these arguments of an operator ask for."""
+def _posed(arguments: tuple[Any, ...]) -> tuple[Head, LossRows, Plan]:
+    """What these arguments of an operator stand for."""
     input, linear_weight, bias, target, weight, sample_weight, chunk_rows, dtype, *rest = arguments
     ignore_index, smoothing, z_loss, softcap, scale, backend = rest
     options = Options(
@@ -84,9 +86,17 @@ def _swept(arguments: tuple[Any, ...], upstream: Tensor | None, needs: Any) -> S
     )
     head = Head(input, linear_weight, bias)
     logits = shape_of_logits(input, linear_weight)
-    problem = pose(logits, target, weight, sample_weight, None, options).verified()
+    problem = pose(logits, target, weight, sample_weight, None, options)
+    return head, LossRows(problem), plan_for(head, chunk_rows)
+
+
+def _swept(arguments: tuple[Any, ...], upstream: Tensor | None, needs: Any) -> Swept:
+    """The sweep that these arguments ask for."""
+    head, function, plan = _posed(arguments)
+    name = "target (its rows on one axis, shifted)"  # as the operator has it
+    function = LossRows(function.problem.verified(name))
     with autograd_inside_operators():
-        return sweep(head, LossRows(problem), plan_for(head, chunk_rows), upstream, needs)
+        return sweep(head, function, plan, upstream, needs)
 
 
 def _sized(gradients: Gradients, like: Tensor) -> Three:
@@ -135,7 +145,7 @@ def _fake_backward(upstream: Tensor, *arguments: Any) -> Three:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
-    ctx.settings, ctx.made = inputs[6:_COUNT], any(inputs[-1])
+    ctx.settings, ctx.made = inputs[6:_COUNT], inputs[-1]
     ctx.uniform = inputs[_COUNT]
     ctx.save_for_backward(*inputs[:6], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -148,13 +158,17 @@ def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
         return (None, None, None, *nothing)
     *tensors, dx, dweight, dbias = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
+    check_factors(ctx, 3, ("target", "weight", "sample_weight"))
     found: Gradients
-    if ctx.made:  # what is zero stays zero, whatever the factor
+    above = upstream.expand(tensors[0].shape[0]) if ctx.uniform else upstream
+    made = all(m or not needed for m, needed in zip(ctx.made, needs, strict=True))
+    if torch.is_grad_enabled():  # a graph that runs eagerly
+        head, function, plan = _posed((*tensors, *ctx.settings))
+        found = pulled(head, function, plan, above, needs)
+    elif made:  # what is zero stays zero, whatever the factor
         dx, dweight, dbias = (torch.where(g == 0, g, g * upstream) for g in (dx, dweight, dbias))
         found = dx, dweight, dbias
     else:
-        rows = tensors[0].shape[0]
-        above = upstream.expand(rows) if ctx.uniform else upstream
         found = torch.ops.crossent.sweep_backward(above, *tensors, *ctx.settings, list(needs))
     return (*as_given(Head(*tensors[:3]), found, needs), *nothing)
 

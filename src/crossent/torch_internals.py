@@ -25,11 +25,12 @@ _BACKENDS = ("CPU", "CUDA", "XPU", "MPS")  # numbers in memory of their own
 def plain(*tensors: Tensor | None) -> bool:
     """Whether each tensor is known to be numbers in strided memory, and nobody looks on.
 
-    Not while tracing, compiling, under a ``torch.func`` transform or a dispatch mode; not for
-    functional, batched, fake, sparse or zero tensors, negative views, nor for wrapper subclasses.
+    Not while tracing, compiling, in forward mode, under a ``torch.func`` transform or a dispatch
+    mode; not for functional, batched, fake, sparse or zero tensors, negative views, nor for wrapper
+    subclasses.
     Only then may a kernel read the memory, or a custom ``autograd.Function`` stand for operations.
     """
-    if _traced() or transformed():
+    if _traced() or transformed() or forward_mode():
         return False
     for tensor in tensors:
         if tensor is not None and not _are_known(_keys(tensor).raw_repr()):

@@ -12,6 +12,7 @@ from ..derivatives import value_and_gradient
 from ..rows import Rows
 from ..torch_internals import readable
 from . import cpu, reference
+from . import graphs as graphs
 from . import small as small
 
 if TYPE_CHECKING:

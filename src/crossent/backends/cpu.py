@@ -229,11 +229,11 @@ def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient for an upstream gradient of each row, or one for all of them."""
     source, target, weight, sample_weight, saved = ctx.saved_tensors
     axis = ctx.axis
-    if torch.is_grad_enabled():  # create_graph: this gradient will be differentiated
+    if torch.is_grad_enabled() or not plain(upstream):  # it will be differentiated, or is batched
         return _differentiable_gradient(ctx, source, upstream, target, sample_weight, weight)
     rows: Tensor = source.detach().movedim(axis, -1)
     inputs = (target, weight, sample_weight, saved, *ctx.options)
-    if ctx.overwrite and plain(upstream):
+    if ctx.overwrite:
         torch.ops.crossent.backward_(rows, upstream, *inputs)
         increment_version(source)  # whoever still needs the logits gets an error, not gradients
         memory: Tensor = source.detach()

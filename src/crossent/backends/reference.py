@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import RowSummary, expected_nll, nll, row_entropy, soft_cap, summarise, times
-from ..derivatives import RowMap, by_blocks
+from ..derivatives import RowMap, by_blocks, rows_at_once
 from ..problem import BY_ROW
 from ..rows import Rows, Stats
 
@@ -73,13 +73,17 @@ def served(problem: Problem) -> Rows:
 
 def row_map(problem: Problem) -> RowMap:
     """The losses and statistics as a function of logits and factors, which it does not keep."""
-    bare, axes = problem.bare(), problem.logits.rows.dim() - 1
+    bare, like = problem.bare(), problem.logits.rows
 
     def call(logits: Tensor, *factors: Tensor | None) -> tuple[Tensor, ...]:
         found = rows(bare.holding(logits, factors))
         return (found.loss, *(found.stats or ()))
 
-    return RowMap(call, (True, *BY_ROW), axes, problem.logits.rows.shape[-1])
+    def core(logits: Tensor, *factors: Tensor | None) -> tuple[Tensor]:
+        return (rows(bare.without_stats().holding(logits, factors)).loss,)
+
+    block = rows_at_once(like.shape[-1], like.device)
+    return RowMap(call, (True, *BY_ROW), like.dim() - 1, block, core=core)
 
 
 def standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +127,8 @@ def served_log_prob(selection: Selection) -> Tensor:
         return (log_prob(bare.holding(rows, factors)),)
 
     row_size = logits.rows.shape[-1] + selection.chosen.shape[-1]
-    function = RowMap(call, (True, True, False), logits.rows.dim() - 1, row_size)
+    block = rows_at_once(row_size, logits.rows.device)
+    function = RowMap(call, (True, True, False), logits.rows.dim() - 1, block)
     scale = None if logits.scale is None else logits.scale.to(logits.dtype)
     return by_blocks(function, logits.rows, selection.chosen, scale)[0]
 
@@ -142,7 +147,8 @@ def served_entropy(logits: Logits) -> Tensor:
     def call(rows: Tensor, scale: Tensor | None) -> tuple[Tensor]:
         return (entropy(bare.of(rows).scaled_by(scale)),)
 
-    function = RowMap(call, (True, False), logits.rows.dim() - 1, logits.rows.shape[-1])
+    block = rows_at_once(logits.rows.shape[-1], logits.rows.device)
+    function = RowMap(call, (True, False), logits.rows.dim() - 1, block)
     return by_blocks(function, logits.rows, scale)[0]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops as ops  # its schemas
 from ..derivatives import pull
-from ..torch_internals import forward_mode, known_factor, plain
+from ..torch_internals import known_factor, plain
 from . import cpu
 
 # The same loss in a form that autograd can follow to any order.
@@ -54,7 +54,7 @@ def _fits(input: Tensor, target: Tensor) -> bool:
         return False
     if input.dtype is not torch.float32 or target.dtype is not torch.int64:
         return False
-    if not (input.is_cpu and target.is_cpu and plain(input, target)) or forward_mode():
+    if not (input.is_cpu and target.is_cpu and plain(input, target)):
         return False
     shape = input.shape
     return len(shape) == 2 and (shape[0],) == target.shape and 0 < shape[0] * shape[1] <= _MOST

@@ -1,0 +1,72 @@
+"""How autograd meets the kernels inside graphs of torch.compile and torch.export.
+
+There ``crossent::forward`` stands as an operator. What autograd asks of it depends on who runs the
+graph: a compiled one wants the gradient, an exported one that runs eagerly may want its derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops as ops  # the schemas
+from ..derivatives import by_blocks
+from ..options import Options
+from ..problem import pose
+from .reference import row_map
+
+
+def check_factors(ctx: Any, first: int, names: tuple[str, ...]) -> None:
+    """Raise where a gradient is asked of a factor that the graph was made without."""
+    for name, needed in zip(names, ctx.needs_input_grad[first:], strict=False):
+        if needed:
+            raise RuntimeError(
+                f"{name}: expected no gradient, for this graph was made without one, got "
+                f"requires_grad=True; compile or export again with {name}.requires_grad_()"
+            )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, sample_weight, ctx.wide, *options = inputs
+    ctx.save_for_backward(logits, target, weight, sample_weight, output[2])
+    ctx.options = options[:-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradient = None
+    if upstream is not None:
+        check_factors(ctx, 1, ("target", "weight", "sample_weight"))
+        if torch.is_grad_enabled():
+            gradient = _differentiable(ctx, upstream)
+        else:
+            gradient = torch.ops.crossent.backward(upstream, *ctx.saved_tensors, *ctx.options)
+    return (gradient, *[None] * 10)
+
+
+def _differentiable(ctx: Any, upstream: Tensor) -> Tensor:
+    """The gradient through the reference, whose graph autograd can follow."""
+    logits, target, weight, sample_weight, _ = ctx.saved_tensors
+    ignore_index, smoothing, z_loss, softcap, scale = ctx.options
+    options = Options(
+        ignore_index=ignore_index,
+        label_smoothing=smoothing,
+        dim=-1,
+        z_loss=z_loss,
+        softcap=softcap or None,
+        logit_scale=scale,
+        return_dtype=torch.float64 if ctx.wide else torch.float32,
+    )
+    problem = pose(logits, target, weight, sample_weight, None, options)
+    function = row_map(problem)
+    needed = (True,) + (False,) * (len(function.by_row) - 1)
+    pullback = function.pullback(needed, (True,))
+    return by_blocks(pullback, logits, *problem.factors(), upstream)[0]
+
+
+torch.library.register_autograd(
+    "crossent::forward", _differentiate, setup_context=_keep, lib=ops.library
+)
