@@ -21,7 +21,7 @@ from .targets import (
     check_tensor,
     class_axis,
 )
-from .torch_internals import readable
+from .torch_internals import autocast_enabled, readable
 
 MaybeTensors = tuple[Tensor | None, ...]
 
@@ -277,7 +277,7 @@ def _logits(input: Tensor, source: Tensor, axis: int, options: Options, *factors
     where anything is, else in float32.
     """
     dtype = input.dtype
-    if dtype.itemsize < 4 and torch.is_autocast_enabled(input.device.type):
+    if dtype.itemsize < 4 and autocast_enabled(input.device.type):
         dtype = torch.float32
     for factor in factors:
         dtype = torch.promote_types(dtype, factor.dtype)

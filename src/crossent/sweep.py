@@ -250,8 +250,8 @@ def head_map(
 ) -> tuple[RowMap, tuple[Tensor | None, ...]]:
     """The numbers of rows as a function of features, weight, bias and factors; and these.
 
-    Weight and bias in the dtype of products, so that their gradients are summed in it. A block has
-    a quarter of a chunk's rows: what is made of it is several times its logits.
+    Weight and bias in the dtype of products, so that their gradients are summed in it. A block is
+    at most a chunk, its logits a quarter of the budget: what is made of them is several times that.
     """
     bare, dtype = function.bare(), head.dtype
 
@@ -263,7 +263,8 @@ def head_map(
 
     bias = None if head.bias is None else head.bias.to(dtype)
     tensors = (head.input, head.weight.to(dtype), bias, *function.factors())
-    block = max(1, plan.chunk_rows // 4)
+    row = sum(head.weight.shape) * dtype.itemsize
+    block = min(plan.chunk_rows, max(1, _budget(head.input.device) // (4 * row)))
     return RowMap(call, (True, False, False, *function.by_row), 1, block), tensors
 
 

@@ -109,6 +109,11 @@ def autograd_inside_operators() -> Iterator[None]:
         yield
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether operations on such a device choose their dtypes themselves."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def no_autocast(device: str) -> AbstractContextManager[None]:
     """Operations keep the dtypes that they are given inside here."""
     if not torch.amp.is_autocast_available(device):

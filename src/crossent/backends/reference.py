@@ -54,7 +54,7 @@ def mass(problem: Problem) -> Tensor:
     if problem.weight is None or not problem.by_index:
         mass = torch.ones(counted.shape, dtype=dtype, device=counted.device)
     else:
-        mass = problem.weight.to(dtype)[_classes(problem, counted)]
+        mass = _weight_of(_classes(problem, counted), problem.weight.to(dtype))
     if problem.sample_weight is not None:
         mass = mass * problem.sample_weight.to(dtype)
     return torch.where(counted, mass, 0.0) if problem.by_index else mass
@@ -176,11 +176,16 @@ def _classes(problem: Problem, counted: Tensor) -> Tensor:
     return target if problem.in_range else target.clamp(0, problem.logits.rows.shape[-1] - 1)
 
 
+def _weight_of(target: Tensor, weight: Tensor) -> Tensor:
+    """The weight of each row's class; a 0-d index into a tensor would read its number."""
+    return weight.index_select(0, target.reshape(-1)).reshape(target.shape)
+
+
 def _index_loss(
     z: Tensor, row: RowSummary, target: Tensor, plain: Tensor, weight: Tensor | None, eps: float
 ) -> Tensor:
     """(1 - eps) w_t (-log p_t) + eps sum_c u_c w_c (-log p_c)."""
-    loss = plain if weight is None else times(weight[target], plain)
+    loss = plain if weight is None else times(_weight_of(target, weight), plain)
     if eps:
         smooth = expected_nll(z, row, _weighted(_uniform(z), weight))
         loss = (1 - eps) * loss + eps * smooth if eps < 1 else smooth
