@@ -52,7 +52,7 @@ MODULES = {
     "calculus": "calculus_edges calculus mutants better_than_torch explain",
     "arithmetic": f"{_LOSS} numerics",
     "thinning": f"mutants {_HEAD}",
-    "explain/diagnose": _REPORT,
+    "report/diagnose": _REPORT,
     "metrics": "integrations metrics",
 }
 # Mutants that once survived every test: module, text, what it becomes.
@@ -60,13 +60,13 @@ HAND_MADE = (
     ("reduction", "else math.nan), 0.0", "else math.nan), 1.0"),
     ("targets", "place[-1] += shift", "pass"),
     ("rowwise", "(upstream * rows.mass).abs()", "upstream * rows.mass"),
-    ("explain/tables", "-(-percent * len(losses) // 100)", "max(1, percent * len(losses) // 100)"),
+    ("report/tables", "-(-percent * len(losses) // 100)", "max(1, percent * len(losses) // 100)"),
     ("warn", "tolerance = 1e-3 if", "tolerance = 1e-2 if"),
-    ("explain/diagnose", "1.05 * chance", "1.5 * chance"),
-    ("explain/diagnose", "< 0.7 * means[0]", "< 0.95 * means[0]"),
-    ("explain/diagnose", "after < 0.98 * before", "after < 0.5 * before"),
+    ("report/diagnose", "1.05 * chance", "1.5 * chance"),
+    ("report/diagnose", "< 0.7 * means[0]", "< 0.95 * means[0]"),
+    ("report/diagnose", "after < 0.98 * before", "after < 0.5 * before"),
 )
-_TESTS_OF_OTHERS = {"rowwise": f"mutants {_HEAD}", "explain/tables": _REPORT}
+_TESTS_OF_OTHERS = {"rowwise": f"mutants {_HEAD}", "report/tables": _REPORT}
 
 
 class Mutant(NamedTuple):

@@ -53,53 +53,54 @@ ALLOWED = {
     "patching": {"functional", "options", "reduction"},
     "lazy": {"functional", "linear", "linear_rows", "patching", "torch_internals"},
     "integrations": set(),
-    "integrations.fastai": {"calculus", "explain", "modules"},
-    "integrations.torchmetrics": {"arrays", "backends", "explain.calibration", "functional",
+    "integrations.fastai": {"calculus", "report", "modules"},
+    "integrations.torchmetrics": {"arrays", "backends", "report.calibration", "functional",
                                   "options", "problem"},
     "metrics": {"arrays", "functional"},
     "integrations.huggingface": {"functional", "lazy", "patching"},
-    "steps": {"functional", "calculus", "steps_view"},
-    "steps_view": {"pages", "steps"},
-    "note": {"steps"},
-    "explain": {"explain.diagnose", "explain.explanation", "explain.measure", "explain.tables",
+    "learn.steps": {"functional", "calculus", "learn.steps_view"},
+    "learn.steps_view": {"pages", "learn.steps"},
+    "learn.note": {"learn.steps"},
+    "learn": set(),
+    "report": {"report.diagnose", "report.explanation", "report.measure", "report.tables",
                 "warn"},
-    "explain.measure": {"arrays", "backends", "functional", "targets"},
-    "explain.calibration": {"functional", "explain.measure"},
-    "explain.diagnose": {"functional", "explain.calibration", "explain.measure"},
-    "explain.tables": {"explain.measure"},
-    "explain.explanation": {"explain.calibration", "explain.diagnose", "explain.measure",
-                            "explain.page", "explain.plot", "explain.tables", "explain.terminal"},
-    "explain.page": {"explain.explanation", "explain.plot", "explain.terminal", "pages"},
+    "report.measure": {"arrays", "backends", "functional", "targets"},
+    "report.calibration": {"functional", "report.measure"},
+    "report.diagnose": {"functional", "report.calibration", "report.measure"},
+    "report.tables": {"report.measure"},
+    "report.explanation": {"report.calibration", "report.diagnose", "report.measure",
+                            "report.page", "report.plot", "report.tables", "report.terminal"},
+    "report.page": {"report.explanation", "report.plot", "report.terminal", "pages"},
     "pages": set(),
-    "playground": {"pages"},
-    "explain.terminal": {"explain.explanation"},
-    "explain.plot": {"explain.explanation"},
+    "learn.playground": {"pages"},
+    "report.terminal": {"report.explanation"},
+    "report.plot": {"report.explanation"},
     "data": {"arrays"},
     "testing": set(),
-    "cli": {"data", "explain", "explain.terminal", "functional", "note", "options", "playground",
-            "steps_view", "testing"},
+    "cli": {"data", "functional", "learn.note", "learn.playground", "learn.steps_view", "options",
+            "report", "report.terminal", "testing"},
     "__main__": {"cli"},
-    "__init__": {"backends", "calculus", "explain", "functional", "linear", "linear_rows",
-                 "modules", "patching", "playground", "rows", "steps", "warn"},
+    "__init__": {"backends", "calculus", "report", "functional", "linear", "linear_rows",
+                 "modules", "patching", "learn.playground", "rows", "learn.steps", "warn"},
 }  # fmt: skip
 THIRD_PARTY = {
-    "explain.measure": {"torch", "numpy"},
-    "explain.explanation": {"torch", "pandas", "matplotlib", "rich"},
-    "explain.tables": {"torch", "pandas"},
-    "explain.page": {"pandas", "matplotlib"},
+    "report.measure": {"torch", "numpy"},
+    "report.explanation": {"torch", "pandas", "matplotlib", "rich"},
+    "report.tables": {"torch", "pandas"},
+    "report.page": {"pandas", "matplotlib"},
     "pages": {"jinja2"},
     "integrations.fastai": {"torch", "fastai"},
     "integrations.torchmetrics": {"torch", "torchmetrics"},
     "arrays": {"torch", "numpy"},
     "metrics": {"torch", "numpy", "sklearn"},
-    "explain.terminal": {"rich", "pandas"},
-    "explain.plot": {"matplotlib"},
+    "report.terminal": {"rich", "pandas"},
+    "report.plot": {"matplotlib"},
     "data": {"torch", "numpy", "pandas", "safetensors"},
-    "steps_view": {"torch", "rich"},
+    "learn.steps_view": {"torch", "rich"},
     "cli": {"torch", "click", "rich"},
     "testing": {"torch", "mpmath"},
 }
-PACKAGES = {"backends", "explain", "integrations"}
+PACKAGES = {"backends", "report", "integrations", "learn"}
 TYPES_ONLY = {"typing_extensions"}
 
 
@@ -196,8 +197,8 @@ def test_the_import_rule_can_fail(module, line, found):
 def test_allowed_imports_have_no_cycle_but_the_lazy_view():
     graph = {k: set(v) for k, v in ALLOWED.items()}
     # Imported when printed or drawn, not when imported.
-    graph["steps"].discard("steps_view")
-    graph["explain.explanation"] -= {"explain.terminal", "explain.plot", "explain.page"}
+    graph["learn.steps"].discard("learn.steps_view")
+    graph["report.explanation"] -= {"report.terminal", "report.plot", "report.page"}
     while graph:
         leaves = {m for m, needs in graph.items() if not needs & set(graph)}
         assert leaves, f"a cycle among {sorted(graph)}"
@@ -250,6 +251,17 @@ def test_what_the_readme_writes_works_after_import_crossent():
         "    print(hasattr(missing, 'no_such_part'))"
     )
     assert in_fresh_process(code).split() == ["True", "True", "False", "False"]
+
+
+def test_no_module_is_shadowed_by_a_function_of_its_name():
+    code = (
+        "import crossent, importlib, pkgutil, types\n"
+        "for module in pkgutil.iter_modules(crossent.__path__):\n"
+        "    found = getattr(crossent, module.name, None)\n"
+        "    if found is not None and not isinstance(found, types.ModuleType):\n"
+        "        print(module.name)"
+    )
+    assert in_fresh_process(code) == ""
 
 
 def test_source_files_fit_in_the_head():

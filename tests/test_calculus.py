@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import crossent
-from crossent.note import ACTIVATIONS, TARGET, note
+from crossent.learn.note import ACTIVATIONS, TARGET, note
 from crossent.testing import truth
 
 Z, T = torch.tensor(ACTIVATIONS), torch.tensor(TARGET)

@@ -147,7 +147,7 @@ def test_shown_everywhere(digits):
 
 
 def test_arrays_are_read_in_blocks(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr(sys.modules["crossent.explain.measure"], "_BLOCK", 300)
+    monkeypatch.setattr(sys.modules["crossent.report.measure"], "_BLOCK", 300)
     np.save(tmp_path / "z.npy", digits[0].half().numpy())
     mapped = np.load(tmp_path / "z.npy", mmap_mode="r")
     seen = []

@@ -21,15 +21,15 @@ from .calculus import (
     softmax,
     softmax_jacobian,
 )
-from .explain import Explanation, Suspect, explain
 from .functional import backend_for, cross_entropy, entropy, log_prob
+from .learn.playground import Playground, playground
+from .learn.steps import Steps, steps
 from .linear import linear_cross_entropy
 from .linear_rows import linear_entropy, linear_log_prob
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from .patching import patch
-from .playground import Playground, playground
+from .report import Explanation, Suspect, explain
 from .rows import Stats
-from .steps import Steps, steps
 from .warn import ClassAxisWarning, CrossentWarning, DoubleSoftmaxWarning
 
 __version__ = "0.1.0"

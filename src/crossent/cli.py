@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from .explain import Explanation
     from .options import Backend
+    from .report import Explanation
     from .testing import Errors, RowLoss
 
 
@@ -29,8 +29,8 @@ def main() -> None:
 @main.command()
 def note() -> None:
     """Print the note's example, step by step, beside PyTorch's value for each step."""
-    from .note import note as example
-    from .steps_view import as_table, number
+    from .learn.note import note as example
+    from .learn.steps_view import as_table, number
 
     steps = example()
     console = _console()
@@ -124,7 +124,7 @@ def explain(
     _write(json_path, why.to_json(top) if json_path else "")
     if "-" in (str(json_path), str(html_path)):
         return
-    from .explain.terminal import as_renderable
+    from .report.terminal import as_renderable
 
     _console().print(as_renderable(why, top))
 
@@ -133,7 +133,7 @@ def explain(
 @click.option("--html", "path", type=_FILE, required=True, help="Where to write the page.")
 def playground(path: Path) -> None:
     """Write a page where logits are dragged, and softmax, loss and gradient follow."""
-    from .playground import playground as make
+    from .learn.playground import playground as make
 
     _write(path, make().to_html())
 
@@ -159,7 +159,7 @@ def _explained(
     from rich.console import Console
     from rich.progress import Progress
 
-    from .explain import explain as run
+    from .report import explain as run
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("rows", total=math.prod(logits.shape[:-1]) or None)

@@ -14,8 +14,8 @@ from fastai.callback.core import Callback
 from torch import Tensor
 
 from ..calculus import softmax
-from ..explain import Explanation, explain
 from ..modules import CrossEntropyLoss
+from ..report import Explanation, explain
 
 
 class CrossEntropyLossFlat:

@@ -20,10 +20,10 @@ from torchmetrics import Metric
 
 from .. import backends
 from ..arrays import check_plain, check_values
-from ..explain.calibration import Bins, binned
 from ..functional import cross_entropy
 from ..options import Options
 from ..problem import pose
+from ..report.calibration import Bins, binned
 
 
 class _Sums(Metric):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .pages import fragment
+from ..pages import fragment
 
 if TYPE_CHECKING:
     from rich.table import Table

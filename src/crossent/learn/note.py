@@ -25,7 +25,7 @@ def note() -> Steps:
     """The note's example, step by step.
 
     Example:
-        >>> from crossent.note import note
+        >>> from crossent.learn.note import note
         >>> note().nll
         tensor([3.5634, 0.8047, 1.9925, 0.5534, 1.2222, 6.6298])
         >>> note().mean

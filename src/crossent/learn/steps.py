@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import calculus
-from .functional import cross_entropy
+from .. import calculus
+from ..functional import cross_entropy
 
 
 class Step(NamedTuple):

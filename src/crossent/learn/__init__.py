@@ -1,0 +1,1 @@
+"""The mathematics step by step, and pages to play with it."""
