@@ -36,10 +36,10 @@ def rounded(values: Tensor, size: Tensor | None = None) -> Tensor:
     if not _noise:
         return values
     eps, generator = _noise[-1]
-    signs = torch.randint(0, 2, values.shape, generator=generator).double() * 2 - 1
+    share = torch.rand(values.shape, generator=generator, dtype=torch.float64) * 2 - 1
     if size is not None:
-        return values + eps * signs * size.detach()
-    return values * (1 + eps * signs)
+        return values + eps * share * size.detach()
+    return values * (1 + eps * share)
 
 
 def tanh(x: Tensor) -> Tensor:
