@@ -158,7 +158,7 @@ def _loss(
     smooth = (~z.detach().isneginf()).double()
     smooth = smooth / smooth.sum(-1, keepdim=True)
     q = (1 - label_smoothing) * y + label_smoothing * smooth
-    losses = rounded(expected(w * q, -logp)) + z_loss * lse**2
+    losses = rounded(expected(rounded(w * q), -logp)) + z_loss * lse**2
     losses = (s * losses).masked_fill(~counted, 0.0)
     mass = s * ((w * y).sum(-1) if by_index else 1.0)
     mass = mass.masked_fill(~counted, 0.0) if by_index else mass[counted]
