@@ -36,10 +36,10 @@ def rounded(values: Tensor, size: Tensor | None = None) -> Tensor:
     if not _noise:
         return values
     eps, generator = _noise[-1]
-    signs = torch.randint(0, 2, values.shape, generator=generator).double() * 2 - 1
+    share = torch.rand(values.shape, generator=generator, dtype=torch.float64) * 2 - 1
     if size is not None:
-        return values + eps * signs * size.detach()
-    return values * (1 + eps * signs)
+        return values + eps * share * size.detach()
+    return values * (1 + eps * share)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def _loss(
     smooth = (~z.detach().isneginf()).double()
     smooth = smooth / smooth.sum(-1, keepdim=True)
     q = (1 - label_smoothing) * y + label_smoothing * smooth
-    losses = rounded(expected(w * q, -logp)) + z_loss * lse**2
+    losses = rounded(expected(rounded(w * q), -logp)) + z_loss * lse**2
     losses = (s * losses).masked_fill(~counted, 0.0)
     mass = s * ((w * y).sum(-1) if by_index else 1.0)
     mass = mass.masked_fill(~counted, 0.0) if by_index else mass[counted]

@@ -59,9 +59,10 @@ class _Draw:
         def build(leaves: dict[str, Tensor]) -> dict[str, Any]:
             return link({n: views[n](leaf) if n in views else leaf for n, leaf in leaves.items()})
 
+        ignored = None if "shift" in self.options else self.ignored
         return Cell(
             self.function, self.source, self.leaves, build, self.options, self.how, self.wrt,
-            compute, dtype, self.ignored, self.axis,
+            compute, dtype, ignored, self.axis,
         )  # fmt: skip
 
     def sizes(self) -> None:
@@ -310,7 +311,8 @@ class _Draw:
             and not half
         ):
             options += ["softmax"]
-            if not self.function.head and self.regime != "huge":
+            loss = self.function.family == "loss" and not self.function.head
+            if loss and self.regime != "huge":
                 options.append("alias")
         dirty = self.source.chosen.get("dirty") or "shift" in self.options
         if "sample_weight" in self.leaves and not half and not dirty:

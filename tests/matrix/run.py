@@ -75,7 +75,10 @@ def _judge(cell: Cell, mode: str, error: Exception) -> tuple[str, str]:
     several = cell.source.chosen.get("several") is not None
     by_kernels = cell.how.get("backend") == "cpu"
     kernels_lack = cell.function.family == "entropy" or several or mode == "meta"
-    if isinstance(error, crossent.BackendError) and by_kernels and kernels_lack:
+    backend_error = isinstance(error, crossent.BackendError) or (
+        mode == "compile" and "Observed exception" in str(error) and "BackendError" in repr(error)
+    )
+    if backend_error and by_kernels and kernels_lack:
         return "refused", str(error)
     overwritten = "modified by an inplace operation" in str(error)
     twice = ("second backward", "other consumers", "gradient edited")

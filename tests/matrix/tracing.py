@@ -170,7 +170,7 @@ def _on_their_device(s: System) -> Numbers:
 
 
 _TRACED = Limits(halves=False, plain=True, reuse=False, layouts=False, compiled=True)
-_SHAPES = Limits(layouts=False, reuse=False)
+_SHAPES = Limits(layouts=False, reuse=False, compiled=True)
 
 _MODULES = ("CrossEntropyLoss", "LinearCrossEntropyLoss", "patch")
 _LOSSES = ("loss", "log_prob", "entropy")
