@@ -78,6 +78,9 @@ Thinned thin_rows(const Tensor& gradient, const Tensor& scale, const Tensor& tar
 Thinned thin_(const Tensor& gradient, const Tensor& scale, const Tensor& target, const Tensor& row,
               double tau, bool is_unbiased, int64_t seed, int64_t limit) {
   STD_TORCH_CHECK(gradient.stride(1) == 1, "crossent: expected rows of neighbouring classes");
+  STD_TORCH_CHECK(scale.scalar_type() == gradient.scalar_type() &&
+                      target.scalar_type() == ScalarType::Long && row.scalar_type() == ScalarType::Long,
+                  "crossent: expected scales of the gradient's dtype, targets and rows of int64");
   if (gradient.scalar_type() == ScalarType::Double)
     return thin_rows<double>(gradient, scale, target, row, tau, is_unbiased, seed, limit,
                              ScalarType::Double);

@@ -309,3 +309,27 @@ def test_a_negative_upstream_thins_as_a_positive_one(mode, backend):
             torch.testing.assert_close(down, -up)
         off = (down + want).norm() / want.norm()
         assert 1e-4 < off < (0.05 if mode == "bounded" else 0.4)
+
+
+def test_thinning_under_a_wider_loss_keeps_what_the_tolerance_says():
+    """The head's gradient is float32 where the loss is float64: their scale has one dtype."""
+    x, w = torch.randn(2, 3), torch.randn(400, 3, requires_grad=True)
+    t = torch.tensor([1, 0])
+    for mode in ("bounded", "unbiased"):
+        for options in ({"weight": torch.rand(400)}, {"sample_weight": torch.rand(2)}):
+            slopes = [
+                torch.autograd.grad(
+                    crossent.linear_cross_entropy(
+                        x,
+                        w,
+                        t,
+                        return_dtype=torch.float64,
+                        gradient_tolerance=tolerance,
+                        gradient_mode=mode,
+                        **options,
+                    ).sum(),
+                    w,
+                )[0]
+                for tolerance in (1e-12, 0.0)
+            ]
+            torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-9)

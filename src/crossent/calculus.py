@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arithmetic import RowSummary, expected_nll, nll, ordered_sum, summarise
 from .options import Options
-from .targets import check_logits, check_range, check_target, class_axis
+from .targets import as_int64, check_logits, check_range, check_target, class_axis
 from .torch_internals import readable
 
 _LAST = Options(dim=-1)
@@ -102,12 +102,7 @@ def softmax_jacobian(logits: Tensor) -> Tensor:
     References:
         Thill, "Gradient of the softmax function with cross-entropy loss" (2017).
     """
-    row = summarise(_rows(logits, -1))
-    o = _probabilities(row)
-    different = -(o.unsqueeze(-1) * o.unsqueeze(-2))
-    same = torch.diag_embed(o * _complement(o, row))
-    eye = torch.eye(o.shape[-1], dtype=torch.bool, device=o.device)
-    return torch.where(eye, same, different).to(logits.dtype)
+    return _jacobian(_rows(logits, -1)).to(logits.dtype)
 
 
 def gradient(logits: Tensor, target: Tensor) -> Tensor:
@@ -173,12 +168,11 @@ def hessian(logits: Tensor, target: Tensor | None = None) -> Tensor:
     References:
         Böhning, "Multinomial logistic regression algorithm" (1992).
     """
-    jacobian = softmax_jacobian(logits)
     if target is None:
-        return jacobian
-    _, y, counted = _rows_and_distribution(logits, target)
+        return softmax_jacobian(logits)
+    z, y, counted = _rows_and_distribution(logits, target)
     mass = torch.where(counted, ordered_sum(y), 0.0)
-    return (jacobian * mass[..., None, None]).to(logits.dtype)
+    return (_jacobian(z) * mass[..., None, None]).to(logits.dtype)  # rounded once
 
 
 def likelihood(logits: Tensor, target: Tensor) -> Tensor:
@@ -245,6 +239,16 @@ def _probabilities(row: RowSummary) -> Tensor:
     return row.exps / row.total.unsqueeze(-1)
 
 
+def _jacobian(z: Tensor) -> Tensor:
+    """The softmax's Jacobian, in the computing dtype."""
+    row = summarise(z)
+    o = _probabilities(row)
+    different = -(o.unsqueeze(-1) * o.unsqueeze(-2))
+    same = torch.diag_embed(o * _complement(o, row))
+    eye = torch.eye(o.shape[-1], dtype=torch.bool, device=o.device)
+    return torch.where(eye, same, different)
+
+
 def _complement(o: Tensor, row: RowSummary) -> Tensor:
     """1 - o: at the top the share of the rest, elsewhere o <= 1/2 and nothing cancels."""
     top = row.top.unsqueeze(-1)
@@ -256,7 +260,7 @@ def _check(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, bool]:
     z = _rows(logits, -1)
     target, by_index = check_target(logits, target, logits.dim() - 1, _LAST)
     if by_index:
-        target = target.to(torch.int64)
+        target = as_int64(target, _LAST.ignore_index)
         if readable(target):
             check_range("target", target, z.shape[-1], _LAST.ignore_index)
     return z, target, by_index

@@ -96,7 +96,7 @@ class LossRows(NamedTuple):
         if isinstance(place, slice):
             place = torch.arange(place.start, place.stop, device=logits.device)
         target = part.target if part.by_index else torch.full_like(place, -1)
-        scale = (upstream * rows.mass).abs()
+        scale = (upstream * rows.mass).abs().to(gradient.dtype)
         kernels = self.neighbours and backends.choose(part).name == "cpu"
         return values, self.thinning.of(gradient, scale, target, place, kernels)
 
