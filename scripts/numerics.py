@@ -73,8 +73,10 @@ not counted. The sums of rows of rounded half-precision gradients are shown, but
   32 ulp. The lost part is known exactly (two-sum) and put back to first order.
 - The gradient is e / sum, not exp(z - lse); the target's entry is minus the sum of the others.
 - Sums run in an order that depends on the length of the row and its layout alone, so a row's result
-  does not depend on the other rows or on the number of threads. The kernels add blocks of 2048
-  classes in double.
+  does not depend on the other rows or on the number of threads. The kernels add four terms at a
+  time, keep what rounding takes from each lane's sum (two-sum), and add blocks of 2048 classes in
+  double: equal terms, which round the same way again and again, stay as exact as others
+  (`scripts/adversarial.py`). The reference folds halves onto halves, in float64.
 
 Source: Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions",
 IMA J. Numer. Anal. 41 (2021).
