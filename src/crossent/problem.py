@@ -30,14 +30,19 @@ NOTHING = torch.empty(0, device="cpu")
 
 
 class Logits(NamedTuple):
-    """Rows of logits, classes on the last axis: a view of the input."""
+    """Logits as they came, and where their classes are."""
 
-    rows: Tensor  # (*rows, V)
-    source: Tensor  # what derivatives are taken of: rows is source.movedim(axis, -1)
-    axis: int
+    source: Tensor  # what derivatives are taken of
+    axis: int  # the class axis
     dtype: torch.dtype  # float32 or float64: what rows are computed in
     result_dtype: torch.dtype  # what the caller gets back
     options: Options
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows of logits (*rows, V): a view with the classes on the last axis."""
+        last = self.axis == self.source.dim() - 1
+        return self.source if last else self.source.movedim(self.axis, -1)
 
     @property
     def scale(self) -> Tensor | None:
@@ -47,7 +52,7 @@ class Logits(NamedTuple):
 
     def of(self, rows: Tensor) -> Logits:
         """The same for other rows, classes on their last axis."""
-        return self._replace(rows=rows, source=rows, axis=rows.dim() - 1)
+        return self._replace(source=rows, axis=rows.dim() - 1)
 
     def bare(self) -> Logits:
         """The same without its tensors, to be kept where those are saved by autograd."""
@@ -283,5 +288,4 @@ def _logits(input: Tensor, source: Tensor, axis: int, options: Options, *factors
         dtype = torch.promote_types(dtype, factor.dtype)
     result = options.return_dtype or dtype
     compute = torch.promote_types(torch.promote_types(dtype, result), torch.float32)
-    rows = source if axis == source.dim() - 1 else source.movedim(axis, -1)
-    return Logits(rows, source, axis, compute, result, options)
+    return Logits(source, axis, compute, result, options)
