@@ -19,6 +19,7 @@ from .chunks import check_chunk_rows
 from .derivatives import by_blocks
 from .eligibility import needs_operations, needs_reference
 from .functional import cross_entropy
+from .fused import head_map, sweep_rows
 from .head import Head, check_head, flatten, shape_of_logits
 from .options import Backend, Empty, GradientMode, Options, Reduction, check_scalar
 from .overrides import ask
@@ -26,7 +27,7 @@ from .problem import Problem, pose
 from .reduction import reduce
 from .rows import Stats, lengthen
 from .rowwise import LossRows
-from .sweep import head_map, plan_for, sweep_rows
+from .sweep import plan_for
 from .sweep_op import compiled_rows
 from .thinning import MODES, Thinning
 

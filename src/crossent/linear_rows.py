@@ -13,12 +13,13 @@ from .chunks import check_chunk_rows
 from .derivatives import by_blocks
 from .eligibility import needs_operations
 from .functional import entropy, log_prob
+from .fused import head_map, sweep_rows
 from .head import Head, check_head, flatten, shape_of_logits
 from .options import Backend, Options
 from .overrides import ask
 from .problem import pose_logits, pose_selection
 from .rowwise import EntropyRows, LogProbRows, RowFunction
-from .sweep import head_map, plan_for, sweep_rows
+from .sweep import plan_for
 
 
 def linear_log_prob(

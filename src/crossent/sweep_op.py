@@ -16,11 +16,12 @@ from torch import Tensor
 from .arithmetic import ordered_sum
 from .backends.graphs import check_factors
 from .chunks import Plan
+from .fused import as_given, pulled
 from .head import Head, shape_of_logits
 from .options import Options
 from .problem import Problem, pose
 from .rowwise import LossRows
-from .sweep import Gradients, Swept, as_given, plan_for, pulled, sweep
+from .sweep import Gradients, Swept, plan_for, sweep
 from .torch_internals import autograd_inside_operators
 
 _TENSORS = (

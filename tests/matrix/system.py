@@ -144,8 +144,9 @@ def _cancels(cell: Cell, name: str) -> bool:
     """Whether a number is no more than a difference of larger ones: its error is theirs.
 
     The gradient of a loss or a log-probability by its logits keeps its own digits: that is a
-    promise. Through a head it is a sum over classes. Beside other consumers ("all"), by the factors of a mean, where there is but one class,
-    and by a tensor that reaches the loss in two ways, it is a sum whose terms are larger.
+    promise. Through a head it is a sum over classes. Beside other consumers ("all"), by the factors
+    of a mean, where there is but one class, and by a tensor that reaches the loss in two ways, it
+    is a sum whose terms are larger.
     """
     kind, *words = name.split()
     if kind in ("tangent", "jacobian", "hessian", "all"):
