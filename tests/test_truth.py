@@ -516,3 +516,28 @@ def test_inference_tensors_may_be_scored():
         x = torch.randn(3, 5)
     y = torch.rand(3, 5, requires_grad=True)
     torch.testing.assert_close(grad(ce(x, y), y), grad(F.cross_entropy(x, y), y))
+
+
+def test_the_loss_stays_where_its_logits_are_under_another_default_device():
+    x, w = torch.randn(3, 5, requires_grad=True), torch.randn(5, 5)
+    calls = (
+        lambda: ce(x, T),
+        lambda: ce(x, T, z_loss=0.1),
+        lambda: ce(x, torch.softmax(x.detach(), 1), denominator=3),
+        lambda: lce(x, w, T),
+        lambda: lce(x, w, T, gradient_tolerance=0.1, gradient_mode="unbiased", backend="reference"),
+        lambda: crossent.linear_entropy(x, w, logit_scale=x.sum()).sum(),
+        lambda: next(iter(crossent.testing.hard_rows(torch.float32))).logits.sum() + x.sum(),
+    )
+    try:
+        for call in calls:
+            torch.set_default_device(None)
+            torch.manual_seed(0)
+            expected = grad(call(), x)
+            torch.manual_seed(0)
+            torch.set_default_device("meta")
+            found = call()
+            assert found.device.type == "cpu"
+            assert torch.equal(grad(found, x)[0], expected[0])
+    finally:
+        torch.set_default_device(None)

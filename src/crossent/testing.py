@@ -9,9 +9,10 @@ The oracle is mpmath at 80 digits: it knows the truth for the logits exactly as 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mpmath
 import torch
@@ -88,6 +89,23 @@ def truth(row: Tensor, target: int) -> Truth:
         return top - logits[target] + mpmath.log(total), gradient
 
 
+def _on_the_cpu(cases: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """Cases are made on the CPU, whatever the default device is."""
+
+    @functools.wraps(cases)
+    def each(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+        made = cases(*arguments, **keywords)
+        while True:
+            with torch.device("cpu"):
+                case = next(made, None)
+            if case is None:
+                return
+            yield case
+
+    return each
+
+
+@_on_the_cpu
 def hard_rows(dtype: torch.dtype, largest: int = 4096, seed: int = 0) -> Iterator[Case]:
     """Adversarial rows representable in ``dtype``: gaps, offsets, ties, flat, peaked, masked.
 
@@ -130,6 +148,7 @@ def hard_rows(dtype: torch.dtype, largest: int = 4096, seed: int = 0) -> Iterato
             yield case(f"peaked elsewhere, V={v}", peaked, v - 1)
 
 
+@_on_the_cpu
 def repeated_rows(
     dtype: torch.dtype, largest: int = 2**18, count: int = 20, seed: int = 0
 ) -> Iterator[tuple[Case, list[mpmath.mpf]]]:

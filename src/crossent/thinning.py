@@ -104,8 +104,8 @@ def _unbiased(
 
 
 def _uniform(seed: int, count: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, generator=generator, dtype=torch.float64).to(like)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(count, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 def _at(gradient: Tensor, target: Tensor) -> Tensor:
