@@ -5,8 +5,10 @@ Every test here stands for a kind of fault that once gave a wrong number without
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -579,3 +581,26 @@ print((kib("VmHWM") - before) / 32768)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < limit
+
+
+def test_tensors_are_let_go_after_backward_while_the_loss_lives():
+    x, w = torch.randn(3, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+    scale = torch.tensor(0.7, requires_grad=True)
+    for call in (
+        lambda t, s: ce(x, t, sample_weight=s, logit_scale=scale),
+        lambda t, s: ce(x, t, sample_weight=s, reduction="none").sum(),
+        lambda t, s: lce(x, w, t, sample_weight=s),
+        lambda t, s: lce(x, w, t, sample_weight=s, logit_scale=scale),
+        lambda t, s: crossent.log_prob(x, t.unsqueeze(1).expand(3, 2)).sum() * s.sum(),
+        lambda t, s: crossent.linear_log_prob(x, w, t.unsqueeze(1).expand(3, 2)).sum() * s.sum(),
+        lambda t, s: crossent.entropy(x, logit_scale=s.sum()).sum() * t.sum(),
+        lambda t, s: crossent.linear_entropy(x, w, logit_scale=s.sum()).sum() * t.sum(),
+    ):
+        target, weights = T.clone(), torch.rand(3)
+        kept = [weakref.ref(v) for v in (target, weights)]
+        loss = call(target, weights)
+        loss.backward()
+        del target, weights
+        gc.collect()
+        assert [ref() for ref in kept] == [None, None]
+        assert loss.grad_fn is not None
