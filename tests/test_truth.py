@@ -199,6 +199,8 @@ def test_unsigned_numbers_beyond_int64_are_no_class(function):
         }[function]
         with pytest.raises(IndexError, match=r"\[1\] is 2\*\*63 - 2 or more"):
             call()
+        with pytest.raises(IndexError, match="2 or more"):  # not even then are they ignored
+            ce(x, t, ignore_index=2**63 - 1)
 
 
 def test_stats_come_with_every_denominator():
