@@ -205,7 +205,9 @@ def test_unsigned_numbers_beyond_int64_are_no_class(function):
 
 def test_stats_come_with_every_denominator():
     x, w, t = torch.randn(3, 5), torch.randn(5, 5), T
-    for denominator in (4, torch.tensor(4), torch.tensor(4.0, requires_grad=True)):
+    one = torch.tensor([4.0], requires_grad=True)
+    for denominator in (4, torch.tensor(4), torch.tensor(4.0, requires_grad=True), one):
+        assert ce(x, t, denominator=denominator).shape == ()
         for call in (ce(x, t, return_stats=True, denominator=denominator),
                      lce(x, w, t, return_stats=True, denominator=denominator)):  # fmt: skip
             _, stats = call
