@@ -51,7 +51,7 @@ MODULES = {
     "warn": "mutants modules errors options better_than_torch diagnosis",
     "calculus": "calculus_edges calculus mutants better_than_torch explain",
     "arithmetic": f"{_LOSS} numerics",
-    "thinning": f"mutants {_HEAD}",
+    "thinning": f"mutants {_HEAD} truth",
     "report/diagnose": _REPORT,
     "metrics": "integrations metrics",
 }

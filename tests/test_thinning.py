@@ -333,3 +333,14 @@ def test_thinning_under_a_wider_loss_keeps_what_the_tolerance_says():
                 for tolerance in (1e-12, 0.0)
             ]
             torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_tolerance_above_everything_leaves_nothing(backend):
+    """Probability targets have no entry that is kept: all of them may go."""
+    x, w = torch.randn(2, 3), torch.randn(400, 3, requires_grad=True)
+    y = torch.softmax(torch.randn(2, 400), 1)
+    loss = crossent.linear_cross_entropy(
+        x, w, y, reduction="sum", gradient_tolerance=3.0, backend=backend
+    )
+    assert not torch.autograd.grad(loss, w)[0].any()
