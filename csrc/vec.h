@@ -294,13 +294,18 @@ CROSSENT_INLINE V<float> sech2(V<float> z, double k, float factor) {
   const V<float> lost = (x_upper * k_upper - d) + x_upper * k_lower + x_lower * k_upper +
                         x_lower * k_lower + x * float(twice - k1);
   const V<float> e = exp_scaled<float>(d, lost), one = e * Exp<float>::kUnscale + 1.0f;
-  return e * 4.0f / (one * one) * 0x1p-32f * (0x1p-32f * factor);  // kUnscale, in two halves
+  // kUnscale in two halves, the second of them on the side where it keeps a number in range.
+  const bool small = std::fabs(factor) < 1;
+  const float first = small ? factor : 0x1p-32f * factor, second = small ? 0x1p-32f : 1.0f;
+  return e * 4.0f / (one * one) * 0x1p-32f * first * second;
 }
 CROSSENT_INLINE V<double> sech2(V<double> z, double k, double factor) {
   const V<double> x = (z < 0.0 ? z : -z) * (2 * std::fabs(k));
   const V<double> e = exp_scaled<double>(difference<double>(x, V<double>{}), V<double>{});
   const V<double> one = e * Exp<double>::kUnscale + 1.0;
-  return e * 4.0 / (one * one) * 0x1p-128 * (0x1p-128 * factor);
+  const bool small = std::fabs(factor) < 1;
+  const double first = small ? factor : 0x1p-128 * factor, second = small ? 0x1p-128 : 1.0;
+  return e * 4.0 / (one * one) * 0x1p-128 * first * second;
 }
 
 }  // namespace crossent::CROSSENT_ISA

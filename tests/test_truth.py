@@ -608,3 +608,33 @@ def test_tensors_are_let_go_after_backward_while_the_loss_lives():
         gc.collect()
         assert [ref() for ref in kept] == [None, None]
         assert loss.grad_fn is not None
+
+
+def test_huge_gaps_overflow_nowhere(backend):
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([[1e38, -largest], [1.0, -largest]])
+    t = torch.tensor([0, 0])
+    more = dict(reduction="none", backend=backend)
+    assert ce(x, torch.tensor([[1.0, 0.0]] * 2), **more).tolist() == [0.0, 0.0]
+    _, stats = ce(x, t, return_stats=True, **more)
+    assert stats.entropy.tolist() == [0.0, 0.0]
+    smoothed = ce(x, t, label_smoothing=0.1, **more)
+    torch.testing.assert_close(smoothed, torch.tensor([2.2014e37, 1.7014e37]), rtol=1e-4, atol=0)
+    z = torch.tensor([[1e20, 0.0, -1e20]])
+    assert float(ce(z, torch.tensor([0]), z_loss=1e-3, backend=backend)) == pytest.approx(1e37)
+
+
+def test_soft_caps_of_every_size(backend):
+    t = torch.tensor([1])
+    for scale in (1e-30, 1e-34, 1e-36, 1e6):
+        x = (torch.tensor([[0.0, 0.5, -1.0]]) / scale).requires_grad_()
+        (ours,) = grad(ce(x, t, softcap=5.0, logit_scale=scale, backend=backend), x)
+        exact = x.detach().double().requires_grad_()
+        (wanted,) = grad(naive_loss(exact, t, softcap=5.0, logit_scale=scale), exact)
+        torch.testing.assert_close(ours.double(), wanted, rtol=3e-6, atol=0)
+    for cap, dtype in ((1e-39, torch.float32), (1e-300, torch.float32), (1e-310, torch.float64)):
+        x = torch.tensor([[0.0, 1.0, -2.0]], dtype=dtype)
+        with pytest.raises(ValueError, match="softcap: expected a number of at least"):
+            ce(x, t, softcap=cap, backend=backend)
+        with pytest.raises(ValueError, match="softcap: expected a number of at least"):
+            crossent.linear_entropy(x, x, softcap=cap)

@@ -165,19 +165,20 @@ def nll(z: Tensor, row: RowSummary, index: Tensor) -> Tensor:
 def expected_nll(z: Tensor, row: RowSummary, a: Tensor) -> Tensor:
     """sum_c a_c (-log p_c) for each row, with 0 log 0 = 0; ``a`` broadcasts to the shape of z.
 
-    The top class is taken apart, so that a one-hot ``a`` gives what :func:`nll` gives.
+    The top class is taken apart, so that a one-hot ``a`` gives what :func:`nll` gives. Gaps are
+    halved, which is exact, for a whole one may be more than the largest number.
     """
     a = a.expand_as(z)
-    gap = (row.maximum.unsqueeze(-1) - z).masked_fill((a == 0) & z.isneginf(), 0)
+    half = (row.maximum.unsqueeze(-1) / 2 - z / 2).masked_fill((a == 0) & z.isneginf(), 0)
     others = drop(a, row.top)
     at_top = pick(a, row.top) * row.top_nll
-    return at_top + ordered_sum(others) * row.log_sum + ordered_sum(others * gap)
+    return at_top + ordered_sum(others) * row.log_sum + ordered_sum(2 * others * half)
 
 
 def row_entropy(z: Tensor, row: RowSummary) -> Tensor:
     """-sum_c p_c log p_c for each row, with 0 log 0 = 0: a sum of non-negative parts."""
-    gap = (row.maximum.unsqueeze(-1) - z).masked_fill(z.isneginf(), 0)
-    return row.log_sum + ordered_sum(row.exps * gap) / row.total
+    half = (row.maximum.unsqueeze(-1) / 2 - z / 2).masked_fill(z.isneginf(), 0)
+    return row.log_sum + ordered_sum(2 * row.exps * half) / row.total
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:

@@ -288,4 +288,18 @@ def _logits(input: Tensor, source: Tensor, axis: int, options: Options, *factors
         dtype = torch.promote_types(dtype, factor.dtype)
     result = options.return_dtype or dtype
     compute = torch.promote_types(torch.promote_types(dtype, result), torch.float32)
+    _check_cap(options, compute)
     return Logits(source, axis, compute, result, options)
+
+
+def _check_cap(options: Options, dtype: torch.dtype) -> None:
+    """Raise where a cap, or what it divides by, is no normal number of the computing dtype."""
+    cap, scale, info = options.softcap, options.logit_scale, torch.finfo(dtype)
+    if cap is None or isinstance(scale, Tensor):
+        return
+    if cap < info.tiny or 2 * abs(scale) / cap > info.max:
+        raise ValueError(
+            f"softcap: expected a number of at least {info.tiny:.3g} (the smallest that {dtype} "
+            f"holds with all digits), and logit_scale / softcap below {info.max / 2:.3g}, got "
+            f"softcap {cap!r} and logit_scale {scale!r}"
+        )

@@ -37,7 +37,7 @@ def rows(problem: Problem) -> Rows:
         loss = _probability_loss(z, row, target, plain, weight, options.label_smoothing)
 
     if options.z_loss:
-        loss = loss + options.z_loss * row.lse.square()
+        loss = loss + options.z_loss * row.lse * row.lse  # in this order: the square may overflow
     if problem.sample_weight is not None:
         loss = times(problem.sample_weight.to(dtype), loss)
     if not problem.in_range:  # nan stands for the IndexError that could not be raised
