@@ -181,3 +181,37 @@ def test_shares_of_rows_are_rounded_up(rows, counts):
     assert table["count"].tolist() == counts
     shares = [sum(losses[rows - count :]) / sum(losses) for count in counts]
     assert table["share"].tolist() == pytest.approx(shares)
+
+
+def found(kind, logits, target, **more):
+    return next(s for s in crossent.explain(logits, target, **more).suspects if s.kind == kind)
+
+
+def test_two_rows_are_enough_for_a_double_softmax():
+    p = torch.randn(2, 5).softmax(-1)
+    assert "double softmax" in kinds(p, torch.zeros(2).long())
+
+
+def test_rows_that_do_not_count_are_no_part_of_the_mean():
+    z = costing([3 * LN2] * 20 + [LN2 / 10] * 200)
+    t = torch.zeros(220).long()
+    assert "worse than chance" not in kinds(z, t)
+    t[20:] = -100
+    assert "worse than chance" in kinds(z, t)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_shifted_labels_where_some_are_ignored(shift):
+    t = torch.randint(0, 5, (4, 30))
+    z = 6.0 * torch.nn.functional.one_hot(t.roll(-shift, 1), 5).float()
+    t[:, ::7] = 255
+    suspect = found("shifted labels", z, t, ignore_index=255)
+    assert ("shift=1 does" in suspect.advice) == (shift == 1)
+    assert ("next" if shift == 1 else "previous") in suspect.evidence
+
+
+def test_the_rows_of_a_class_that_is_never_predicted_are_listed():
+    t = torch.tensor([0, 1, 2, 0, 1, 2, -100])
+    z = torch.tensor([5.0, 4.0, 0.0]).repeat(7, 1)
+    suspect = found("classes never predicted", z, t)
+    assert list(suspect.rows) == [1, 2, 4, 5]
