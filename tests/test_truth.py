@@ -19,6 +19,7 @@ from naive import naive_loss
 from torch.autograd import grad
 
 import crossent
+from conftest import serving
 
 ce, lce = crossent.cross_entropy, crossent.linear_cross_entropy
 T = torch.tensor([0, 2, 1])
@@ -638,3 +639,13 @@ def test_soft_caps_of_every_size(backend):
             ce(x, t, softcap=cap, backend=backend)
         with pytest.raises(ValueError, match="softcap: expected a number of at least"):
             crossent.linear_entropy(x, x, softcap=cap)
+
+
+def test_confident_rows_have_no_entropy_to_differentiate(backend):
+    """Their gradient is a difference of ones: it vanishes exactly, however far the others are."""
+    for gap in (50.0, 70.0, 90.0):
+        x = torch.tensor([[gap, 0.0, -1.0]], requires_grad=True)
+        (g,) = grad(crossent.entropy(x, backend=serving(backend)), x, create_graph=True)
+        assert g.abs().max() < 1e-19
+        (h,) = grad(g.sum() + g[0, 0], x)
+        assert h.abs().max() < 1e-18

@@ -108,7 +108,7 @@ class RowSummary(NamedTuple):
 
     top: Tensor  # index of the (first) maximum
     maximum: Tensor  # m, constant for derivatives
-    exps: Tensor  # exp(z - m) of every class, shape of z
+    exps: Tensor  # exp(z - m) of every class, shape of z; exactly one at the top
     rest: Tensor  # sum of exps without the top
     rise: Tensor  # z_top - m: value zero, derivative one
 
@@ -146,7 +146,10 @@ def summarise(z: Tensor) -> RowSummary:
     wide = _widest(z)  # one number a row: half an ulp
     back = exp_difference(low.to(wide), maximum.to(wide)).to(z.dtype)
     rest = ordered_sum(drop(exps, top)) * back
-    return RowSummary(top, maximum, exps * back.unsqueeze(-1), rest, z_top - maximum)
+    rise = z_top - maximum
+    at_top = (1 + torch.expm1(rise)).unsqueeze(-1)  # one, whatever the detour rounds
+    exps = (exps * back.unsqueeze(-1)).scatter(-1, top.unsqueeze(-1), at_top)
+    return RowSummary(top, maximum, exps, rest, rise)
 
 
 def nll(z: Tensor, row: RowSummary, index: Tensor) -> Tensor:
