@@ -234,17 +234,6 @@ class Tagged(torch.Tensor):
     """A subclass such as fastai's TensorBase: operations keep the type."""
 
 
-class Recording(torch.Tensor):
-    """A subclass that sees which public functions are called on it."""
-
-    seen: list[str] = []  # noqa: RUF012
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        cls.seen.append(func.__name__)
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
 def test_subclasses_come_back(backend):
     x, t = torch.randn(3, 5).as_subclass(Tagged), torch.tensor([0, 1, 2])
     assert type(F.cross_entropy(x, t)) is Tagged
@@ -258,13 +247,6 @@ def test_subclasses_come_back(backend):
     assert crossent.cross_entropy(x, t, z_loss=0.1).as_subclass(torch.Tensor) == plain
     target = t.as_subclass(Tagged)
     assert type(crossent.cross_entropy(x.as_subclass(torch.Tensor), target)) is Tagged
-
-
-def test_subclasses_see_the_public_call(backend):
-    x, t = torch.randn(3, 5).as_subclass(Recording), torch.tensor([0, 1, 2])
-    Recording.seen.clear()
-    crossent.cross_entropy(x, t, sample_weight=torch.ones(3), backend=backend)
-    assert "cross_entropy" in Recording.seen
 
 
 def test_under_a_device_context():

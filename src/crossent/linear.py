@@ -152,30 +152,40 @@ def linear_cross_entropy(
     logits = shape_of_logits(input, linear_weight)
     problem = pose(logits, target, weight, sample_weight, denominator, chosen)
     backends.choose(problem)  # raises where a backend was asked for that cannot serve
-    compiling = torch.compiler.is_compiling()
-    head = Head(flatten(input), linear_weight, linear_bias)
-    if needs_operations(*head, *problem.factors()) or (
-        compiling and (return_stats or problem.cut or needs_reference(problem))
-    ):
+    if _needs_logits(tensors, problem):
         keywords = _keywords(chosen, sample_weight, denominator)
         keywords.update(return_dtype=problem.logits.result_dtype)
+        head = Head(flatten(input), linear_weight, linear_bias)
         head = head.without(problem.counted().reshape(-1) if problem.by_index else None)
         return cross_entropy(head.logits().reshape(logits.shape), target, weight, **keywords)
     if problem.cut:  # the last positions have no target: their logits are never made
-        left = input.shape[-2] - problem.cut
-        head = head._replace(input=flatten(input.narrow(-2, 0, left)))
-    problem = problem.verified()
+        input = input.narrow(-2, 0, input.shape[-2] - problem.cut)
+    head, problem = Head(flatten(input), linear_weight, linear_bias), problem.verified()
     thinning = _thinning(gradient_tolerance, gradient_mode)
     function = LossRows(problem.flat(), thinning, neighbours=linear_weight.stride(-1) == 1)
     uniform = chosen.reduction != "none" or denominator is not None
-    if compiling:
-        loss, *stats = (compiled_rows(head, function.problem, chunk_rows, uniform),)
-    elif needs_reference(problem):
-        rows, factors = head_map(head, function, plan_for(head, chunk_rows))
-        loss, *stats = by_blocks(rows, *factors)
-    else:
-        loss, *stats = sweep_rows(head, function, plan_for(head, chunk_rows), uniform)
+    loss, *stats = _scored(head, function, chunk_rows, uniform)
     return _reduced(loss, stats, problem, denominator)
+
+
+def _needs_logits(tensors: tuple[Tensor | None, ...], problem: Problem) -> bool:
+    """Whether all logits have to be made at once, by operations that torch can transform."""
+    if needs_operations(*tensors, problem.logits.scale):
+        return True
+    more = problem.options.return_stats or problem.cut or needs_reference(problem)
+    return torch.compiler.is_compiling() and bool(more)
+
+
+def _scored(
+    head: Head, function: LossRows, chunk_rows: int | None, uniform: bool
+) -> tuple[Tensor, ...]:
+    """The losses of rows, with ``uniform`` maybe their sum, and their statistics."""
+    if torch.compiler.is_compiling():
+        return (compiled_rows(head, function.problem, chunk_rows, uniform),)
+    if needs_reference(function.problem):
+        rows, factors = head_map(head, function, plan_for(head, chunk_rows))
+        return by_blocks(rows, *factors)
+    return sweep_rows(head, function, plan_for(head, chunk_rows), uniform)
 
 
 def _check_thinning(tolerance: float, mode: str) -> None:
