@@ -436,6 +436,42 @@ def test_exported_losses_with_other_gradients_than_they_were_made_for():
             loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_exported_losses_go_through_forward_mode_and_transforms(reduction):
+    x, w, c = torch.randn(3, 4), torch.randn(5, 4), torch.rand(5) + 0.1
+    along = tuple(torch.randn_like(tensor) for tensor in (x, w, c))
+
+    ad = torch.autograd.forward_ad
+
+    def formula(x, w, t, c):  # torch's own loss has no tangent of the class weights
+        loss = -torch.log_softmax(x @ w.T, -1).gather(-1, t.unsqueeze(-1)).squeeze(-1) * c[t]
+        sums = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / c[t].sum()}
+        return sums[reduction]
+
+    for function in (
+        lambda x, w, t, c: lce(x, w, t, weight=c, reduction=reduction),
+        lambda x, w, t, c: ce(x @ w.T, t, c, reduction=reduction),
+    ):
+        exported = torch.export.export(Loss(function), (x, w, T, c)).module()
+        for transformed in (
+            lambda f: torch.func.jvp(lambda *a: f(a[0], a[1], T, a[2]), (x, w, c), along)[1],
+            lambda f: torch.func.grad(lambda x: f(x, w, T, c).sum())(x),
+            lambda f: torch.func.hessian(lambda x: f(x, w, T, c).sum())(x),
+            lambda f: torch.vmap(f, (0, None, 0, None))(
+                torch.stack([x, -x]), w, torch.stack([T, T.flip(0)]), c
+            ),
+            lambda f: torch.vmap(torch.func.grad(lambda x, t: f(x, w, t, c).sum()))(
+                torch.stack([x, -x]), torch.stack([T, T.flip(0)])
+            ),
+        ):
+            torch.testing.assert_close(transformed(exported), transformed(formula))
+        with ad.dual_level():
+            pairs = (ad.make_dual(x, along[0]), w, T, ad.make_dual(c, along[2]))
+            found, expected = (ad.unpack_dual(f(*pairs)).tangent for f in (exported, formula))
+            torch.testing.assert_close(found, expected)
+
+
 def test_heads_of_several_dimensions_have_torchs_dtype():
     x, t = torch.randn(4, 3), torch.zeros(4, 2, dtype=torch.int64)
     w, y = torch.randn(5, 2, 3), torch.rand(4, 5, 2).double()

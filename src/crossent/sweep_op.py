@@ -16,13 +16,13 @@ from torch import Tensor
 from .arithmetic import ordered_sum
 from .backends.graphs import check_factors
 from .chunks import Plan
-from .fused import as_given, pulled
+from .fused import as_given, head_map, pulled
 from .head import Head, shape_of_logits
 from .options import Options
 from .problem import Problem, pose
 from .rowwise import LossRows
 from .sweep import Gradients, Swept, plan_for, sweep
-from .torch_internals import autograd_inside_operators
+from .torch_internals import autograd_inside_operators, register_autograd
 
 _TENSORS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias,"
@@ -174,6 +174,14 @@ def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
     return (*as_given(Head(*tensors[:3]), found, needs), *nothing)
 
 
-torch.library.register_autograd(
-    "crossent::sweep", _differentiate, setup_context=_keep, lib=_library
-)
+def _by_operations(*arguments: Any) -> Four:
+    """The losses by operations that torch differentiates; no gradient is made with them."""
+    *given, uniform, _ = arguments
+    head, function, plan = _posed(tuple(given))
+    rows, tensors = head_map(head, function, plan)
+    loss = rows.call(*tensors)[0]
+    nothing = _sized((None, None, None), loss)
+    return (ordered_sum(loss) if uniform else loss, *nothing)
+
+
+register_autograd(_library, torch.ops.crossent.sweep, _differentiate, _keep, _by_operations)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,45 @@ def autograd_inside_operators() -> Iterator[None]:
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded - excluded):
         yield
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Operators run as they are inside here: nothing is recorded, no formula of ours is asked."""
+    guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return guard
+
+
+def register_autograd(
+    library: torch.library.Library,
+    operator: Any,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    by_operations: Callable[..., Any],
+) -> None:
+    """As ``torch.library.register_autograd``, for an operator that graphs hold.
+
+    torch's drops the tangents of forward mode without a word, and cannot be transformed. There
+    ``by_operations`` stands in: the same results, by operations that torch has all formulas of.
+    """
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with below_autograd():
+            results = operator(*arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
+    steps = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    formula: Any = type(f"Formula_{operator.__name__}", (torch.autograd.Function,), steps)
+
+    def kernel(*arguments: Any) -> Any:
+        if forward_mode() or transformed():
+            return by_operations(*arguments)
+        if not torch.is_grad_enabled():
+            with below_autograd():
+                return operator(*arguments)
+        return formula.apply(*arguments)
+
+    library.impl(operator.__name__, kernel, "Autograd")
 
 
 def autocast_enabled(device: str) -> bool:

@@ -1,11 +1,13 @@
 """How autograd meets the kernels inside graphs of torch.compile and torch.export.
 
 There ``crossent::forward`` stands as an operator. What autograd asks of it depends on who runs the
-graph: a compiled one wants the gradient, an exported one that runs eagerly may want its derivative.
+graph: a compiled one wants the gradient, an exported one that runs eagerly may want its derivative,
+be in forward mode or under a ``torch.func`` transform.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 from .. import ops as ops  # the schemas
 from ..derivatives import by_blocks
 from ..options import Options
-from ..problem import pose
-from .reference import row_map
+from ..problem import Problem, pose
+from ..torch_internals import below_autograd, register_autograd
+from .reference import row_map, rows
 
 
 def check_factors(ctx: Any, first: int, names: tuple[str, ...]) -> None:
@@ -50,7 +53,23 @@ def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
 def _differentiable(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient through the reference, whose graph autograd can follow."""
     logits, target, weight, sample_weight, _ = ctx.saved_tensors
-    ignore_index, smoothing, z_loss, softcap, scale = ctx.options
+    problem = _posed(logits, target, weight, sample_weight, ctx.wide, ctx.options)
+    function = row_map(problem)
+    needed = (True,) + (False,) * (len(function.by_row) - 1)
+    pullback = function.pullback(needed, (True,))
+    return by_blocks(pullback, logits, *problem.factors(), upstream)[0]
+
+
+def _posed(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    wide: bool,
+    settings: Sequence[Any],
+) -> Problem:
+    """The problem that these arguments of the operator stand for."""
+    ignore_index, smoothing, z_loss, softcap, scale = settings
     options = Options(
         ignore_index=ignore_index,
         label_smoothing=smoothing,
@@ -58,15 +77,18 @@ def _differentiable(ctx: Any, upstream: Tensor) -> Tensor:
         z_loss=z_loss,
         softcap=softcap or None,
         logit_scale=scale,
-        return_dtype=torch.float64 if ctx.wide else torch.float32,
+        return_dtype=torch.float64 if wide else torch.float32,
     )
-    problem = pose(logits, target, weight, sample_weight, None, options)
-    function = row_map(problem)
-    needed = (True,) + (False,) * (len(function.by_row) - 1)
-    pullback = function.pullback(needed, (True,))
-    return by_blocks(pullback, logits, *problem.factors(), upstream)[0]
+    return pose(logits, target, weight, sample_weight, None, options)
 
 
-torch.library.register_autograd(
-    "crossent::forward", _differentiate, setup_context=_keep, lib=ops.library
-)
+def _by_operations(*arguments: Any) -> tuple[Tensor, ...]:
+    """What the operator returns, its losses and masses by operations that torch differentiates."""
+    logits, target, weight, sample_weight, wide, *options, _ = arguments
+    with below_autograd():
+        kept = torch.ops.crossent.forward(*arguments)[2:]
+    found = rows(_posed(logits, target, weight, sample_weight, wide, options))
+    return (found.loss, found.mass, *kept)
+
+
+register_autograd(ops.library, torch.ops.crossent.forward, _differentiate, _keep, _by_operations)
