@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from compileall import compile_dir
 from pathlib import Path
@@ -80,6 +81,7 @@ class Runner:
         self.copies = [folder / f"copy{i}" for i in range(processes)]
         self.durations: dict[str, float] = {}
         self.tests: dict[str, tuple[str, ...]] = {}
+        self.kills: Counter[str] = Counter()  # by file: those that killed many come first
         for copy in self.copies:
             _copy(root, copy)
         _warm_up()
@@ -108,6 +110,7 @@ class Runner:
         found = {}
         for i, (place, result) in enumerate(self._each(jobs, limit=0.0)):
             found[place] = Run(mutants[place], result.partition("\n")[0])
+            self.kills[found[place].killed_by.partition("::")[0]] += 1
             if self.verbose:
                 print(f"{mutants[place]}\n    {found[place].killed_by or 'SURVIVED'}", flush=True)
             elif sys.stderr.isatty():
@@ -133,7 +136,7 @@ class Runner:
                 place, (mutant, files) = waiting.pop()
                 copy = free.pop()
                 undo = _mutate(copy, mutant)
-                pid = self._fork(copy, mutant, files)
+                pid = self._fork(copy, mutant, sorted(files, key=lambda f: -self.kills[f]))
                 deadline = time.monotonic() + (limit or self._limit(files))
                 running[pid] = place, copy, deadline, undo
             time.sleep(0.02)
@@ -214,11 +217,18 @@ def _tested(copy: Path, files: list[str], durations: dict[str, float] | None) ->
     os.dup2(null, 2)
     sys.path[:0] = [str(copy / "src"), str(copy / "tests")]
     os.environ["PYTHONPATH"] = str(copy / "src")
-    chosen = _Chosen(durations)
     left_out = " and ".join(f"not {name}" for name in _LEFT_OUT.split())
-    status = pytest.main([*_OPTIONS, "-k", left_out, *files], plugins=[chosen])
+    # A mutant's files one by one: most die in the first, and the others are not even collected.
+    groups = [files] if durations is None else [[file] for file in files]
+    for group in groups:
+        chosen = _Chosen(durations)
+        status = pytest.main([*_OPTIONS, "-k", left_out, *group], plugins=[chosen])
+        failed = chosen.failed or (
+            f"pytest ended with {int(status)}" if status not in (0, 5) else ""
+        )
+        if failed:
+            break
     crossent = sys.modules.get("crossent")
     if crossent is not None and not str(crossent.__file__).startswith(str(copy)):
         return f"crossent was imported from {crossent.__file__}"
-    failed = chosen.failed or (f"pytest ended with {int(status)}" if status else "")
     return "\n".join([failed, *(f"{s:.4f} {name}" for name, s in chosen.took.items())])

@@ -5,10 +5,11 @@
     python scripts/mutants.py --module warn        one module
     python scripts/mutants.py --list               the mutants of a sample, not run
 
-Each mutant runs the tests that its module is for, the fastest first, until one fails. It survives
-where none does: then a test is missing, or the change makes no difference, and
-tests/mutants_excused.toml says why. Nothing is written into the working tree: mutants live in
-copies of it, and are run by forks of one process that has imported torch already.
+Each mutant runs the tests that its module is for, the fastest of a file first, until one fails. It
+survives where none does: then a test is missing, or the change makes no difference, and
+tests/mutants_excused.toml says why; those excused there are not run. Nothing is written into the
+working tree: mutants live in copies of it, and are run by forks of one process that has imported
+torch already.
 
 The status is 1 where a mutant survives without an excuse, or an excuse or a hand-made mutant
 fits no line any more.
@@ -80,6 +81,11 @@ class Mutant(NamedTuple):
         """The file that it changes."""
         return PACKAGE / f"{self.module}.py"
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What an excuse knows it by."""
+        return self.module, self.mutation.before, self.mutation.after
+
     def __str__(self) -> str:
         m = self.mutation
         return f"{self.path}:{m.line}\n    - {m.before}\n    + {m.after}"
@@ -124,29 +130,22 @@ def tests_for(root: Path, module: str) -> tuple[str, ...]:
     )
 
 
-def report(title: str, runs: list[Run], known: dict[tuple[str, str, str], str]) -> int:
-    """Print a table and the survivors; how many have no excuse."""
-    outcome: Counter[tuple[str, str]] = Counter()
-    surviving = []
-    for run in runs:
-        m = run.mutant.mutation
-        word = "killed" if run.killed_by else "survived"
-        if word == "survived" and (run.mutant.module, m.before, m.after) in known:
-            word = "excused"
-        elif word == "survived":
-            surviving.append(run.mutant)
-        outcome[run.mutant.module, word] += 1
+def report(title: str, runs: list[Run], excused: list[Mutant]) -> int:
+    """Print a table and the survivors; how many there are."""
+    outcome = Counter((m.module, "excused") for m in excused)
+    outcome += Counter((r.mutant.module, "killed" if r.killed_by else "survived") for r in runs)
+    surviving = [run.mutant for run in runs if not run.killed_by]
     print(
         f"\n{title}\n{'module':20}{'mutants':>9}{'killed':>9}{'survived':>9}{'excused':>9}  score"
     )
-    rows = list(dict.fromkeys(run.mutant.module for run in runs))
+    rows = list(dict.fromkeys(m.module for m in [*(run.mutant for run in runs), *excused]))
     for row in [*rows, "all"]:
         modules = rows if row == "all" else [row]
         words = ("killed", "survived", "excused")
-        killed, survived, excused = (sum(outcome[m, w] for m in modules) for w in words)
-        total = killed + survived + excused
-        score = killed / (total - excused) if total > excused else 1.0
-        print(f"{row:20}{total:9}{killed:9}{survived:9}{excused:9}  {score:.1%}")
+        killed, survived, left_out = (sum(outcome[m, w] for m in modules) for w in words)
+        score = killed / (killed + survived) if killed + survived else 1.0
+        total = killed + survived + left_out
+        print(f"{row:20}{total:9}{killed:9}{survived:9}{left_out:9}  {score:.1%}")
     for mutant in surviving:
         print(f"\nsurvived: {mutant}")
     return len(surviving)
@@ -154,11 +153,7 @@ def report(title: str, runs: list[Run], known: dict[tuple[str, str, str], str]) 
 
 def stale(root: Path, known: dict[tuple[str, str, str], str]) -> list[str]:
     """Excuses for mutants that are no more."""
-    there = {
-        (m.module, m.mutation.before, m.mutation.after)
-        for module in MODULES
-        for m in chosen(root, module, 0, 0)
-    }
+    there = {m.key for module in MODULES for m in chosen(root, module, 0, 0)}
     return [f"{EXCUSES}: no such mutant: {key[0]}: {key[2]}" for key in known if key not in there]
 
 
@@ -190,13 +185,16 @@ def main() -> int:
     modules = {mutant.module for mutant in by_hand + drawn}
     tests = {module: tests_for(ROOT, module) for module in modules}
     known = excuses(ROOT)
+    excused = [m for m in drawn if m.key in known]
+    drawn = [m for m in drawn if m.key not in known]
     surviving = 0
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(ROOT, Path(folder), asked.processes, asked.verbose)
         runner.measure(tests)
         if by_hand:
-            surviving += report("Made by hand", runner.run(by_hand), {})
-        surviving += report(f"Drawn with seed {asked.seed}", runner.run(drawn), known)
+            surviving += report("Made by hand", runner.run(by_hand), [])
+        title = f"Drawn with seed {asked.seed}" if asked.sample else "All"
+        surviving += report(title, runner.run(drawn), excused)
     complaints += stale(ROOT, known)
     print(*complaints, sep="\n")
     print(f"{time.monotonic() - began:.0f} s")
