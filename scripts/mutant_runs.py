@@ -6,6 +6,7 @@ A fork has torch, pytest and what else is slow to import; it imports crossent fr
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import signal
@@ -29,7 +30,9 @@ _WARM = (
     "hypothesis pandas rich.table jinja2 click matplotlib.pyplot sklearn.metrics torchmetrics "
     "fastai.losses torch._subclasses torch.testing._internal.common_methods_invocations"
 )
-_SLOW = 0.3  # seconds of the processor: tests that take longer run in `make test` alone
+# Seconds of the processor: a test that takes longer waits for the fast ones of all files; one that
+# takes even longer runs in `make test` alone.
+_FAST, _SLOW = 0.3, 4.0
 _COPIED = ("src", "tests", "docs", "csrc", "scripts", "examples", "benchmarks")
 _OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow")
 # Never among the fast ones: left out before they are timed.
@@ -44,17 +47,18 @@ class Run(NamedTuple):
 
 
 class _Chosen:
-    """A pytest plugin: runs these tests in this order, and writes down how it went."""
+    """A pytest plugin: runs the tests that take so long, and writes down how it went."""
 
-    def __init__(self, durations: dict[str, float] | None) -> None:
-        self.durations = durations
+    def __init__(self, durations: dict[str, float] | None, within: tuple[float, float]) -> None:
+        self.durations, self.within = durations, within
         self.took: dict[str, float] = {}
         self.failed = ""
 
     def pytest_collection_modifyitems(self, items: list) -> None:
         known = self.durations
         if known is not None:
-            kept = [item for item in items if known.get(item.nodeid, _SLOW) < _SLOW]
+            least, most = self.within
+            kept = [i for i in items if least <= known.get(i.nodeid, _SLOW) < most]
             items[:] = sorted(kept, key=lambda item: known[item.nodeid])
 
     @pytest.hookimpl(wrapper=True)
@@ -219,9 +223,11 @@ def _tested(copy: Path, files: list[str], durations: dict[str, float] | None) ->
     os.environ["PYTHONPATH"] = str(copy / "src")
     left_out = " and ".join(f"not {name}" for name in _LEFT_OUT.split())
     # A mutant's files one by one: most die in the first, and the others are not even collected.
-    groups = [files] if durations is None else [[file] for file in files]
-    for group in groups:
-        chosen = _Chosen(durations)
+    groups = [(files, (0.0, math.inf))]
+    if durations is not None:
+        groups = [*(([file], (0.0, _FAST)) for file in files), (files, (_FAST, _SLOW))]
+    for group, within in groups:
+        chosen = _Chosen(durations, within)
         status = pytest.main([*_OPTIONS, "-k", left_out, *group], plugins=[chosen])
         failed = chosen.failed or (
             f"pytest ended with {int(status)}" if status not in (0, 5) else ""

@@ -2,7 +2,9 @@
 
 Each is one place of the syntax tree written differently: a comparison, a number, an operator, a
 name such as floor, a call or keyword left out, what is returned. Texts, types, messages of errors
-and what only type checkers read are left alone: they have no behaviour that tests are for.
+and what only type checkers read are left alone: they have no behaviour that tests are for. So is
+what makes no difference that a test on a CPU could see: devices, numbers taken out of tensors of
+one number, and whether a bound that is written as a float belongs to what it bounds.
 """
 
 from __future__ import annotations
@@ -52,9 +54,9 @@ _PAIRS = (
 _OTHER_NAME = dict(_PAIRS) | {b: a for a, b in _PAIRS}
 # Methods whose call may be left out: x.abs() -> x.
 _DROPPED = (
-    "abs detach neg neg_ clamp clip masked_fill to float double half long cpu contiguous clone "
+    "abs detach neg neg_ clamp clip masked_fill to float double half long contiguous clone "
     "reshape flatten squeeze unsqueeze movedim nan_to_num nan_to_num_ round sqrt square log exp "
-    "where cumsum copy tolist item any all sort sum mean prod"
+    "where cumsum copy any all sort sum mean prod"
 )
 
 
@@ -179,9 +181,14 @@ def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[ast.AST, s
 
 def _comparison(node: ast.Compare) -> Iterator[tuple[ast.AST, str]]:
     for i, op in enumerate(node.ops):
-        for other in _COMPARISONS[type(op)]:
+        others = _COMPARISONS[type(op)]
+        for other in others[1:] if len(others) == 2 and _is_of_floats(node) else others:
             ops = [*node.ops[:i], other(), *node.ops[i + 1 :]]
             yield node, f"({ast.unparse(ast.Compare(node.left, ops, node.comparators))})"
+
+
+def _is_of_floats(node: ast.AST) -> bool:
+    return any(isinstance(n, ast.Constant) and isinstance(n.value, float) for n in ast.walk(node))
 
 
 def _numbers(value: object) -> tuple[object, ...]:
@@ -195,7 +202,9 @@ def _numbers(value: object) -> tuple[object, ...]:
 
 
 def _call(node: ast.Call, parent: ast.AST | None) -> Iterator[tuple[ast.AST, str]]:
-    for i in range(len(node.keywords)):
+    for i, keyword in enumerate(node.keywords):
+        if keyword.arg == "device":
+            continue
         fewer = [*node.keywords[:i], *node.keywords[i + 1 :]]
         yield node, ast.unparse(ast.Call(node.func, node.args, fewer))
     if isinstance(node.func, ast.Attribute):

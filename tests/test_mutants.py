@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import crossent
+from crossent.arithmetic import ordered_sum
 
 
 def slope(x, *arguments, **options):
@@ -296,3 +297,32 @@ def test_an_infinite_logit_is_nan_as_in_torch_whatever_the_probabilities(backend
     x, y = torch.tensor([[torch.inf, 0.0, 1.0]]), torch.tensor([[0.0, 0.25, 0.75]])
     assert F.cross_entropy(x, y).isnan()
     assert crossent.cross_entropy(x, y, backend=backend).isnan()
+
+
+def test_a_row_of_which_one_index_is_wanted_is_read():
+    x, w = torch.randn(4, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    index = torch.tensor([[0, -100, 5], [-100, -100, -100], [1, 2, 3], [-100, 4, -100]])
+    expected = torch.log_softmax(x @ w.T, -1).gather(-1, index.clamp(min=0))
+    expected = expected.masked_fill(index < 0, 0)
+    for chunk_rows in (None, 1, 3):
+        found = crossent.linear_log_prob(x, w, index, chunk_rows=chunk_rows)
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(crossent.log_prob(x @ w.T, index), expected)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 127, 128, 129, 1000, 2**16 + 1])
+def test_sums_are_of_doubles_and_double_equal_terms_exactly(length):
+    """Equal terms round the same way at each step: a running sum in float32 would drift."""
+    single = torch.full((2, length), 0.1)
+    exact = (single[:, 0].double() * length).float()
+    assert ordered_sum(single).equal(exact)
+    assert ordered_sum(single).dtype == torch.float32
+    unlike = torch.rand(3, length, dtype=torch.float64)
+    for row, total in zip(unlike.tolist(), ordered_sum(unlike).tolist(), strict=True):
+        assert abs(total - math.fsum(row)) <= (math.log2(length) / 2 + 2) * math.ulp(total)
+
+
+def test_what_adds_to_nothing_in_float32_adds_up():
+    """2**24 and a thousand ones: each alone is lost in float32, whatever the order of pairs."""
+    values = torch.cat([torch.tensor([2.0**24]), torch.ones(1000)])
+    assert float(ordered_sum(values)) == 2.0**24 + 1000
