@@ -215,3 +215,66 @@ def test_the_rows_of_a_class_that_is_never_predicted_are_listed():
     z = torch.tensor([5.0, 4.0, 0.0]).repeat(7, 1)
     suspect = found("classes never predicted", z, t)
     assert list(suspect.rows) == [1, 2, 4, 5]
+
+
+def test_rows_with_negative_entries_that_sum_to_one_are_no_probabilities():
+    z = torch.tensor([[1.5, -0.5, 0.0], [0.7, 0.7, -0.4], [2.0, -0.5, -0.5]])
+    assert "double softmax" not in kinds(z, torch.zeros(3).long())
+    p = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])  # but zeros may be among them
+    assert "double softmax" in kinds(p, torch.zeros(2).long())
+
+
+def test_one_class_says_nothing_and_two_are_enough():
+    assert kinds(torch.ones(20, 1), torch.zeros(20).long()) == set()
+    assert kinds(torch.zeros(60, 1), torch.zeros(60).long()) == set()
+    p = torch.tensor([[0.3, 0.7], [0.6, 0.4]])
+    assert "double softmax" in kinds(p, torch.tensor([1, 0]))
+    assert "log-probabilities" in kinds(p.log(), torch.tensor([1, 0]))
+
+
+def test_one_row_that_is_no_distribution_is_enough():
+    z = torch.tensor([[0.3, 0.7], [0.6, 0.4]]).log()
+    z[1] += 1
+    assert "log-probabilities" not in kinds(z, torch.tensor([1, 0]))
+
+
+def test_ignored_rows_are_neither_duplicates_nor_wrong_nor_overconfident():
+    z = torch.randn(60, 3)
+    z[1], z[2] = z[0], z[0]
+    t = z.argmax(-1)
+    t[1] = -100
+    assert "contradicting duplicates" not in kinds(z, t)
+    t[2] = (t[0] + 1) % 3
+    assert found("contradicting duplicates", z, t).rows == [0, 2]
+    logits, target = sure(0.99, 60, 120)
+    target[60:] = -100
+    assert not {"overconfident", "wrong labels"} & kinds(logits, target)
+
+
+def test_rows_of_inf_are_no_duplicates():
+    z = torch.tensor([[torch.inf, 0.0], [torch.inf, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert "contradicting duplicates" not in kinds(z, torch.tensor([0, 1, 0, 1]))
+
+
+@pytest.mark.parametrize(("classes", "said"), [(9, "1, 2, 3, 4, 5, 6, 7, 8"), (11, " and 2 more")])
+def test_eight_classes_are_listed_and_the_others_counted(classes, said):
+    z = torch.eye(classes)[[0] * 2 * classes] * 3
+    suspect = found("classes never predicted", z, torch.arange(2 * classes) % classes)
+    assert suspect.evidence.endswith(said)
+    assert suspect.evidence.count(",") == 7
+
+
+def test_a_suspect_is_printed_without_its_rows():
+    suspect = found("not finite", torch.full((500, 2), torch.nan), torch.zeros(500).long())
+    assert len(suspect.rows) == 500
+    assert "rows=" not in repr(suspect)
+
+
+def test_as_many_rows_are_called_wrong_as_their_labels_share_says():
+    """Of each label 3 of 20 rows reach the other's threshold: 3 of each, the surest first."""
+    p = torch.tensor(([0.9] * 17 + [0.02, 0.03, 0.04]) * 2, dtype=torch.float64)
+    label = torch.tensor([0] * 20 + [1] * 20)
+    own = torch.where(label == 0, p, 1 - p)
+    z = torch.stack([own.log(), (1 - own).log()], -1)
+    assert sorted(found("wrong labels", z, label).rows) == [17, 18, 19, 37, 38, 39]
+    assert set(found("wrong labels", z, label).rows[:2]) == {17, 37}

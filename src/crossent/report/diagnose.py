@@ -274,7 +274,7 @@ def _spread(source: Source) -> Tensor:
 
 
 def _places(mask: Tensor) -> list[int]:
-    return [int(i) for i in mask.nonzero().squeeze(-1)]
+    return mask.nonzero().flatten().tolist()
 
 
 def _count(mask: Tensor) -> int:
