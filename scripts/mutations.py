@@ -4,7 +4,7 @@ Each is one place of the syntax tree written differently: a comparison, a number
 name such as floor, a call or keyword left out, what is returned. Texts, types, messages of errors
 and what only type checkers read are left alone: they have no behaviour that tests are for. So is
 what makes no difference that a test on a CPU could see: devices, numbers taken out of tensors of
-one number, and whether a bound that is written as a float belongs to what it bounds.
+one number, and whether a bound such as 0.05 belongs to what it bounds; 0.0 and 1.0 are drawn.
 """
 
 from __future__ import annotations
@@ -182,13 +182,14 @@ def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[ast.AST, s
 def _comparison(node: ast.Compare) -> Iterator[tuple[ast.AST, str]]:
     for i, op in enumerate(node.ops):
         others = _COMPARISONS[type(op)]
-        for other in others[1:] if len(others) == 2 and _is_of_floats(node) else others:
+        for other in others[1:] if len(others) == 2 and _is_of_fractions(node) else others:
             ops = [*node.ops[:i], other(), *node.ops[i + 1 :]]
             yield node, f"({ast.unparse(ast.Compare(node.left, ops, node.comparators))})"
 
 
-def _is_of_floats(node: ast.AST) -> bool:
-    return any(isinstance(n, ast.Constant) and isinstance(n.value, float) for n in ast.walk(node))
+def _is_of_fractions(node: ast.AST) -> bool:
+    constants = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
+    return any(isinstance(value, float) and not value.is_integer() for value in constants)
 
 
 def _numbers(value: object) -> tuple[object, ...]:

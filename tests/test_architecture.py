@@ -40,7 +40,7 @@ ALLOWED = {
     "chunks": {"options"},
     "thinning": {"ops"},
     "rowwise": {"backends", "derivatives", "problem", "rows", "thinning", "torch_internals"},
-    "head": {"targets", "torch_internals"},
+    "head": {"arithmetic", "targets", "torch_internals"},
     "sweep": {"backends", "chunks", "head", "rowwise", "thinning", "torch_internals"},
     "fused": {"arithmetic", "chunks", "derivatives", "head", "rowwise", "sweep",
               "torch_internals"},

@@ -43,7 +43,7 @@ def ordered_sum(values: Tensor) -> Tensor:
     # In a graph for many sizes one reduction stands for all of them: no guard on the size.
     if torch.compiler.is_compiling() or not isinstance(length, int):
         return values.sum(-1)
-    dtype, values = values.dtype, values.to(_widest(values))
+    dtype, values = values.dtype, values.to(widest(values))
     if length > _LAST:
         folds = (-(-length // _LAST) - 1).bit_length()
         last = -(-length >> folds)  # rounded up
@@ -53,7 +53,7 @@ def ordered_sum(values: Tensor) -> Tensor:
     return values.sum(-1).to(dtype)
 
 
-def _widest(like: Tensor) -> torch.dtype:
+def widest(like: Tensor) -> torch.dtype:
     """float64 where the device has it."""
     return like.dtype if like.device.type == "mps" else torch.float64
 
@@ -143,7 +143,7 @@ def summarise(z: Tensor) -> RowSummary:
     far = drop(z.detach(), top, -torch.inf).amax(-1) < maximum - _FAR
     low = torch.where(far, maximum - _HEADROOM, maximum)
     exps = exp_difference(z, low.unsqueeze(-1))
-    wide = _widest(z)  # one number a row: half an ulp
+    wide = widest(z)  # one number a row: half an ulp
     back = exp_difference(low.to(wide), maximum.to(wide)).to(z.dtype)
     rest = ordered_sum(drop(exps, top)) * back
     rise = z_top - maximum

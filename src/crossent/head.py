@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arithmetic import widest
 from .targets import check_dense
-from .torch_internals import no_autocast
+from .torch_internals import autocast_enabled, followed, no_autocast
 
 
 class Head(NamedTuple):
@@ -37,9 +38,13 @@ class Head(NamedTuple):
 
     def logits(self) -> Tensor:
         """All logits at once, for derivatives of any kind."""
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        with no_autocast(self.input.device.type):
-            return F.linear(self.input.to(self.dtype), self.weight.to(self.dtype), bias)
+        device, dtype = self.input.device.type, self.dtype
+        if autocast_enabled(device) and followed():
+            # Transforms take derivatives where autocast is on again: it leaves float64 alone.
+            dtype = torch.promote_types(dtype, widest(self.input))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with no_autocast(device):
+            return F.linear(self.input.to(dtype), self.weight.to(dtype), bias).to(self.dtype)
 
 
 def check_head(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -22,7 +22,7 @@ from .options import Options
 from .problem import Problem, pose
 from .rowwise import LossRows
 from .sweep import Gradients, Swept, plan_for, sweep
-from .torch_internals import autograd_inside_operators, register_autograd
+from .torch_internals import autograd_inside_operators, followed, register_autograd
 
 _TENSORS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias,"
@@ -109,6 +109,8 @@ def _sized(gradients: Gradients, like: Tensor) -> Three:
 @torch.library.impl(_library, "sweep", "CompositeExplicitAutograd")
 def _sweep(*arguments: Any) -> Four:
     *given, uniform, needs = arguments
+    if torch.is_inference_mode_enabled():  # whoever the graph was made for, nobody goes back here
+        needs = [False] * len(needs)
     input, dtype = given[0], Head(*given[:3]).dtype
     ones = input.new_ones((), dtype=dtype).expand(input.shape[0])
     outputs, gradients = _swept(tuple(given), ones if any(needs) else None, needs)
@@ -163,7 +165,7 @@ def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
     found: Gradients
     above = upstream.expand(tensors[0].shape[0]) if ctx.uniform else upstream
     made = all(m or not needed for m, needed in zip(ctx.made, needs, strict=True))
-    if torch.is_grad_enabled():  # a graph that runs eagerly
+    if torch.is_grad_enabled() or followed():  # a graph that runs eagerly
         head, function, plan = _posed((*tensors, *ctx.settings))
         found = pulled(head, function, plan, above, needs)
     elif made:  # what is zero stays zero, whatever the factor

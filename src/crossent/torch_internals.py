@@ -67,6 +67,14 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def followed() -> bool:
+    """Whether derivatives are taken of what runs now by others than autograd's recording.
+
+    An operator without a formula for it loses these, and says nothing.
+    """
+    return forward_mode() or transformed()
+
+
 def saved_tensors_hooked() -> bool:
     """Whether saved tensors go through hooks: offloading, checkpoint, a user's own.
 
@@ -139,7 +147,7 @@ def register_autograd(
     formula: Any = type(f"Formula_{operator.__name__}", (torch.autograd.Function,), steps)
 
     def kernel(*arguments: Any) -> Any:
-        if forward_mode() or transformed():
+        if followed():
             return by_operations(*arguments)
         if not torch.is_grad_enabled():
             with below_autograd():

@@ -17,7 +17,7 @@ from .. import ops as ops  # the schemas
 from ..derivatives import by_blocks
 from ..options import Options
 from ..problem import Problem, pose
-from ..torch_internals import below_autograd, register_autograd
+from ..torch_internals import below_autograd, followed, register_autograd
 from .reference import row_map, rows
 
 
@@ -43,7 +43,7 @@ def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
     gradient = None
     if upstream is not None:
         check_factors(ctx, 1, ("target", "weight", "sample_weight"))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or followed():
             gradient = _differentiable(ctx, upstream)
         else:
             gradient = torch.ops.crossent.backward(upstream, *ctx.saved_tensors, *ctx.options)
