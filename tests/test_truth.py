@@ -558,6 +558,42 @@ def test_a_head_exported_for_training_serves_inference_in_forward_mode():
     torch.testing.assert_close(found, lce(x, w, T).detach())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vmap_over_what_comes_from_above(reduction, exported):
+    """Of a loss that was recorded outside: no leaf can be made inside."""
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    for function in (
+        lambda x, w, t: lce(x, w, t, reduction=reduction),
+        lambda x, w, t: ce(x @ w.T, t, reduction=reduction),
+    ):
+        called = torch.export.export(Loss(function), (x, w, T)).module() if exported else function
+        loss, plain = called(x, w, T), F.cross_entropy(x @ w.T, T, reduction=reduction)
+        above = torch.randn(2, *loss.shape)
+        found, expected = (
+            torch.vmap(lambda u: grad(v, (x, w), u, retain_graph=True))(above)  # noqa: B023
+            for v in (loss, plain)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_heads_exported_outside_run_inside_autocast():
+    """bfloat16's digits at worst: the graph was made where products were of float32."""
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    for function in (
+        lambda x, w, t: crossent.linear_log_prob(x, w, t),
+        lambda x, w, t: lce(x, w, t, return_stats=True)[0],
+        lambda x, w, t: lce(x, w, t),
+    ):
+        exported = torch.export.export(Loss(function), (x, w, T)).module()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = exported(x, w, T)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, function(x, w, T), rtol=0.05, atol=0.05)
+
+
 def test_heads_of_several_dimensions_have_torchs_dtype():
     x, t = torch.randn(4, 3), torch.zeros(4, 2, dtype=torch.int64)
     w, y = torch.randn(5, 2, 3), torch.rand(4, 5, 2).double()

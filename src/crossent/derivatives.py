@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .torch_internals import no_autocast, plain
+from .torch_internals import no_autocast, plain, transformed
 
 MaybeTensors = tuple[Tensor | None, ...]
 Place = tuple[slice, ...]  # some rows: an index into the leading axes
@@ -65,8 +65,11 @@ def pull(
 
 
 def _alias(tensor: Tensor, again: bool) -> Tensor:
-    """The same numbers as a place of their own in the graph; a leaf where nobody goes further."""
-    return tensor.view_as(tensor) if again else tensor.detach().requires_grad_()
+    """The same numbers as a place of their own in the graph; a leaf where nobody goes further.
+
+    Inside a ``torch.func`` transform torch lets nobody make leaves.
+    """
+    return tensor.view_as(tensor) if again or transformed() else tensor.detach().requires_grad_()
 
 
 def value_and_gradient(

@@ -44,7 +44,9 @@ class Head(NamedTuple):
             dtype = torch.promote_types(dtype, widest(self.input))
         bias = None if self.bias is None else self.bias.to(dtype)
         with no_autocast(device):
-            return F.linear(self.input.to(dtype), self.weight.to(dtype), bias).to(self.dtype)
+            logits = F.linear(self.input.to(dtype), self.weight.to(dtype), bias)
+        # torch.export holds even a conversion to the same dtype to the dtype that it saw.
+        return logits if dtype == self.dtype else logits.to(self.dtype)
 
 
 def check_head(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
