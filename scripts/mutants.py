@@ -4,6 +4,9 @@
     python scripts/mutants.py --sample 0           hand-made mutants, then every mutant
     python scripts/mutants.py --module warn        one module
     python scripts/mutants.py --list               the mutants of a sample, not run
+    python scripts/mutants.py --sample 0 --verbose --killed LOG
+                                                   every mutant but those that LOG, what --verbose
+                                                   printed before, names a test for
 
 Each mutant runs the tests that its module is for, the fastest of a file first, until one fails. It
 survives where none does: then a test is missing, or the change makes no difference, and
@@ -157,12 +160,26 @@ def stale(root: Path, known: dict[tuple[str, str, str], str]) -> list[str]:
     return [f"{EXCUSES}: no such mutant: {key[0]}: {key[2]}" for key in known if key not in there]
 
 
+def killed_in(log: Path) -> dict[str, str]:
+    """The tests that an earlier run named, by what it printed of the mutant."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    ends = [i for i, line in enumerate(lines) if line.startswith("    tests/")]
+    return {_place_free("\n".join(lines[max(i - 3, 0) : i])): lines[i].strip() for i in ends}
+
+
+def _place_free(mutant: str) -> str:
+    """What is printed of a mutant, without its line's number, which edits move."""
+    path, _, rest = mutant.partition(":")
+    return path + rest.lstrip("0123456789")
+
+
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, default=40, help="mutants a module; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="which ones are drawn")
     parser.add_argument("--module", action="append", choices=MODULES, help="may be repeated")
+    parser.add_argument("--killed", action="append", type=Path, default=[], help="an earlier log")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="name the test that kills each")
@@ -187,6 +204,9 @@ def main() -> int:
     known = excuses(ROOT)
     excused = [m for m in drawn if m.key in known]
     drawn = [m for m in drawn if m.key not in known]
+    before = {key: test for log in asked.killed for key, test in killed_in(log).items()}
+    earlier = [Run(m, before[key]) for m in drawn if (key := _place_free(str(m))) in before]
+    drawn = [m for m in drawn if _place_free(str(m)) not in before]
     surviving = 0
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(ROOT, Path(folder), asked.processes, asked.verbose)
@@ -194,7 +214,7 @@ def main() -> int:
         if by_hand:
             surviving += report("Made by hand", runner.run(by_hand), [])
         title = f"Drawn with seed {asked.seed}" if asked.sample else "All"
-        surviving += report(title, runner.run(drawn), excused)
+        surviving += report(title, earlier + runner.run(drawn), excused)
     complaints += stale(ROOT, known)
     print(*complaints, sep="\n")
     print(f"{time.monotonic() - began:.0f} s")

@@ -150,3 +150,52 @@ def test_errors_compare_nan_as_worst():
     assert math.isnan(NO_ERRORS.worst(bad).loss_ulp)
     assert math.isnan(bad.worst(NO_ERRORS).loss_ulp)
     assert not bad.within(budget(torch.float32))
+
+
+def lse(z):
+    return mpmath.log(sum(map(mpmath.exp, z)))
+
+
+# Each function of a row of logits, and what it is in any precision.
+DIFFERENTIATED = {
+    "loss at the top": (
+        lambda z: crossent.cross_entropy(z, torch.tensor(1)),
+        lambda z: lse(z) - z[1],
+    ),
+    "loss elsewhere": (
+        lambda z: crossent.cross_entropy(z, torch.tensor(2)),
+        lambda z: lse(z) - z[2],
+    ),
+    "log_prob": (lambda z: crossent.log_prob(z, torch.tensor(2)), lambda z: z[2] - lse(z)),
+    "z_loss": (
+        lambda z: crossent.cross_entropy(z, torch.tensor(1), z_loss=1e-30),
+        lambda z: lse(z) - z[1] + mpmath.mpf(1e-30) * lse(z) ** 2,
+    ),
+    "entropy": (
+        crossent.entropy,
+        lambda z: sum(mpmath.exp(q - lse(z)) * (lse(z) - q) for q in z),
+    ),
+    "linear_entropy": (
+        lambda z: crossent.linear_entropy(z, torch.eye(3, dtype=z.dtype)),
+        lambda z: sum(mpmath.exp(q - lse(z)) * (lse(z) - q) for q in z),
+    ),
+    "softmax at the top": (
+        lambda z: crossent.softmax(z)[1],
+        lambda z: mpmath.exp(z[1] - lse(z)),
+    ),
+}
+
+
+@pytest.mark.parametrize("row", [(-3.0, 12.0, -1.5), (-94.5, 253.75, 134.75), (0.5, 1.0, 0.25)])
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_derivatives_of_confident_rows_keep_their_digits(name, row):
+    """Along the logits, to the third order: torch's own are of the wrong sign at these gaps."""
+    ours, exact = DIFFERENTIATED[name]
+    z = torch.tensor(row, dtype=torch.float64)
+    scale = torch.tensor(1.25, dtype=torch.float64, requires_grad=True)
+    value = ours(z * scale)
+    with mpmath.workdps(200):
+        for order in (1, 2, 3):
+            (value,) = torch.autograd.grad(value, scale, create_graph=True)
+            truth = mpmath.diff(lambda s: exact([s * q for q in row]), 1.25, order, h=1e-25)
+            assert abs(value.item() / truth - 1) < 1e-12, (order, value.item(), float(truth))

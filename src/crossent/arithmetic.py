@@ -12,7 +12,9 @@ softmax, its normaliser and their derivatives follow without cancellation:
 
 Both identities hold for every value of ``rise``, so autograd may differentiate them as often as it
 likes, and at ``rise = 0`` both are exact to the last digits: a confident row loses nothing, because
-``1 + rest`` is never formed.
+``1 + rest`` is never formed. Where the top has more than half of the mass the first is written
+rise + log1p(rest * exp(-rise)), so that none of its derivatives is a difference of numbers close to
+one.
 
 Source: Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions",
 IMA J. Numer. Anal. 41 (2021).
@@ -115,7 +117,8 @@ class RowSummary(NamedTuple):
     @property
     def log_sum(self) -> Tensor:
         """lse - m, never negative."""
-        return torch.log1p(self.rest + torch.expm1(self.rise))
+        inside = torch.log1p(self.rest + torch.expm1(self.rise))
+        return torch.where(self.confident, self.rise + self.top_nll, inside)
 
     @property
     def lse(self) -> Tensor:
@@ -130,7 +133,29 @@ class RowSummary(NamedTuple):
     @property
     def total(self) -> Tensor:
         """sum_c exp(z_c - m), at least one."""
-        return 1 + (self.rest + torch.expm1(self.rise))
+        inside = 1 + (self.rest + torch.expm1(self.rise))
+        return torch.where(self.confident, self._over_top * torch.exp(self.rise), inside)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """softmax(z), shape of z."""
+        of_top = torch.where(self.confident, 1 / self._over_top, self.rise.exp() / self.total)
+        p = self.exps / self.total.unsqueeze(-1)
+        return p.scatter(-1, self.top.unsqueeze(-1), of_top.unsqueeze(-1))
+
+    @property
+    def confident(self) -> Tensor:
+        """Whether the top has more than half of the mass.
+
+        There the derivatives of second order are small, and they must not be differences of
+        p_top, which is nearly one: ``rise`` stands where they are sums of the rest alone.
+        """
+        return self.rest.detach() < 1
+
+    @property
+    def _over_top(self) -> Tensor:
+        """1 / p_top."""
+        return 1 + self.rest * torch.exp(-self.rise)
 
 
 def summarise(z: Tensor) -> RowSummary:
@@ -179,9 +204,13 @@ def expected_nll(z: Tensor, row: RowSummary, a: Tensor) -> Tensor:
 
 
 def row_entropy(z: Tensor, row: RowSummary) -> Tensor:
-    """-sum_c p_c log p_c for each row, with 0 log 0 = 0: a sum of non-negative parts."""
-    half = (row.maximum.unsqueeze(-1) / 2 - z / 2).masked_fill(z.isneginf(), 0)
-    return row.log_sum + ordered_sum(2 * row.exps * half) / row.total
+    """-sum_c p_c log p_c for each row, with 0 log 0 = 0: a sum of non-negative parts.
+
+    It is -log p_top and the mean gap below the top, to which the top itself adds nothing.
+    """
+    z_top = (row.maximum + row.rise).unsqueeze(-1)
+    half = (z_top / 2 - z / 2).masked_fill(z.isneginf(), 0)
+    return row.top_nll + ordered_sum(2 * drop(row.exps, row.top) * half) / row.total
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def softmax(logits: Tensor, dim: int = -1) -> Tensor:
         Bridle, "Probabilistic interpretation of feedforward classification network outputs" (1990).
     """
     z = _rows(logits, dim)
-    return _probabilities(summarise(z)).movedim(-1, dim).to(logits.dtype)
+    return summarise(z).probabilities.movedim(-1, dim).to(logits.dtype)
 
 
 def log_softmax(logits: Tensor, dim: int = -1) -> Tensor:
@@ -136,7 +136,7 @@ def gradient(logits: Tensor, target: Tensor) -> Tensor:
     """
     z, y, counted = _rows_and_distribution(logits, target)
     row = summarise(z)
-    o = _probabilities(row)
+    o = row.probabilities
     g = (ordered_sum(y).unsqueeze(-1) - y) * o - y * _complement(o, row)
     return torch.where(counted.unsqueeze(-1), g, 0.0).to(logits.dtype)
 
@@ -235,14 +235,10 @@ def _rows(logits: Tensor, dim: int) -> Tensor:
     return rows.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _probabilities(row: RowSummary) -> Tensor:
-    return row.exps / row.total.unsqueeze(-1)
-
-
 def _jacobian(z: Tensor) -> Tensor:
     """The softmax's Jacobian, in the computing dtype."""
     row = summarise(z)
-    o = _probabilities(row)
+    o = row.probabilities
     different = -(o.unsqueeze(-1) * o.unsqueeze(-2))
     same = torch.diag_embed(o * _complement(o, row))
     eye = torch.eye(o.shape[-1], dtype=torch.bool, device=o.device)

@@ -232,8 +232,9 @@ def autocast(s: System) -> Numbers:
     """Halves come out as float32, as torch's loss does; products of a head stay exact."""
     if not s.ours:
         return _renamed_value(plain(s))
+    arguments = s.cell.build(s.leaves)  # what the matrix makes of leaves is not ours to keep exact
     with torch.autocast("cpu", torch.bfloat16):
-        value, stats = s.outputs()
+        value, stats = s.outputs_of(arguments)
     dtype = torch.promote_types(s.cell.dtype, torch.float32)
     dtype = s.cell.how.get("return_dtype") or dtype
     assert value.dtype == dtype, f"value under autocast: {value.dtype} for {dtype}"

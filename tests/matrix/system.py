@@ -33,7 +33,6 @@ class System:
 
     def __init__(self, cell: Cell, ours: bool) -> None:
         self.cell, self.ours, self.wrt = cell, ours, list(cell.wrt)
-        self.call = cell.call if ours else cell.oracle
         self.leaves = {
             n: t.clone() if ours or not t.is_floating_point() else t.double().clone()
             for n, t in cell.leaves.items()
@@ -48,7 +47,12 @@ class System:
 
     def outputs(self, leaves: dict[str, Tensor] | None = None) -> tuple[Tensor, Numbers]:
         """The value, and what comes with it by name."""
-        out = self.call(self.leaves if leaves is None else leaves)
+        return self.outputs_of(self.cell.build(self.leaves if leaves is None else leaves))
+
+    def outputs_of(self, arguments: dict[str, Any]) -> tuple[Tensor, Numbers]:
+        """The same, of arguments made before."""
+        function = self.cell.function.call if self.ours else self.cell.function.oracle
+        out = function(**arguments, **self.cell.options, **self.cell.how)
         if isinstance(out, tuple):
             value, stats = out
             names = ("lse", "target_log_prob", "entropy", "argmax", "correct", "counted")
@@ -61,9 +65,7 @@ class System:
 
     def with_arguments(self, arguments: dict[str, Any]) -> Tensor:
         """The value of these tensor arguments."""
-        function = self.cell.function.call if self.ours else self.cell.function.oracle
-        out = function(**arguments, **self.cell.options, **self.cell.how)
-        return out[0] if isinstance(out, tuple) else out
+        return self.outputs_of(arguments)[0]
 
     def of(self, *inputs: Tensor) -> Tensor:
         """The value as a function of the tensors in ``inputs``."""
