@@ -46,16 +46,16 @@ _LOSS = (
     "derivatives modules calculus truth"
 )
 _HEAD = "linear thinning"
-_REPORT = "explain diagnosis"
+_REPORT = "explain diagnosis diagnosis_edges"
 # Each module, and the test files that are run for it (tests/test_<name>.py, where there is one).
 MODULES = {
-    "problem": f"{_LOSS} linear",
-    "targets": f"{_LOSS} linear",
-    "reduction": f"{_LOSS} linear",
+    "problem": f"mutants_problem {_LOSS} linear",
+    "targets": f"mutants_problem {_LOSS} linear",
+    "reduction": f"mutants_problem {_LOSS} linear",
     "warn": "mutants modules errors options better_than_torch diagnosis",
-    "calculus": "calculus_edges calculus mutants better_than_torch explain",
+    "calculus": "mutants_problem calculus_edges calculus mutants better_than_torch explain",
     "arithmetic": f"{_LOSS} numerics",
-    "thinning": f"mutants {_HEAD} truth",
+    "thinning": f"mutants_problem mutants {_HEAD} truth",
     "report/diagnose": _REPORT,
     "metrics": "integrations metrics",
 }

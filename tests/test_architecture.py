@@ -58,7 +58,7 @@ ALLOWED = {
     "integrations.fastai": {"calculus", "report", "modules"},
     "integrations.torchmetrics": {"arrays", "backends", "report.calibration", "functional",
                                   "options", "problem"},
-    "metrics": {"arrays", "functional"},
+    "metrics": {"arrays", "functional", "warn"},
     "integrations.huggingface": {"functional", "lazy", "patching"},
     "learn.steps": {"functional", "calculus", "learn.steps_view"},
     "learn.steps_view": {"pages", "learn.steps"},

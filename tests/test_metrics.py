@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -33,3 +34,44 @@ def test_rows_that_nearly_sum_to_one(sign, off, warned):
         warnings.simplefilter("always")
         log_loss([0, 1], p)
     assert bool(seen) == warned
+
+
+def test_probabilities_of_any_dtype_are_scored_as_scikit_learn_does():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    for p in ([[1, 0], [0, 1]], [[0, 1], [1, 0]]):
+        assert log_loss([0, 1], p) == pytest.approx(sklearn.log_loss([0, 1], p), rel=1e-12)
+    p = np.array([[0.3, 0.7], [0.6, 0.4]], dtype=np.float32)
+    wanted = -(math.log(float(p[0, 0])) + math.log(float(p[1, 1]))) / 2
+    assert log_loss([0, 1], p) == pytest.approx(wanted, rel=1e-12)
+    assert log_loss([0, 1], logits=[[5, 0], [0, 5]]) == pytest.approx(math.log1p(math.exp(-5)))
+
+
+def test_weights_in_float32_are_summed_in_float64():
+    rows = 1000
+    p = np.full((rows, 2), 0.5)
+    weight = np.ones(rows, dtype=np.float32)
+    weight[0] = 2.0**24  # in float32 nothing of the others would be left
+    total = log_loss([0, 1] * (rows // 2), p, sample_weight=weight, normalize=False)
+    assert total == pytest.approx((2**24 + rows - 1) * math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0.0, float("nan"), 1.0], np.array(["a", 1, 2], dtype=object), [None, 0, 1]]
+)
+def test_labels_that_are_missing_or_cannot_be_sorted(labels):
+    with pytest.raises(ValueError, match="missing or cannot be sorted"):
+        log_loss(labels, np.full((3, 3), 1 / 3))
+
+
+def test_labels_behind_a_mask_are_refused():
+    with pytest.raises(TypeError, match="y_true: expected an array without masked entries"):
+        log_loss(np.ma.array([0, 1], mask=[False, True]), np.full((2, 2), 0.5))
+
+
+def test_a_warning_names_the_line_that_asked():
+    with pytest.warns(UserWarning, match="do not sum to one") as caught:
+        log_loss([0, 1], [[0.5, 0.4], [0.5, 0.5]])
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="sorted order") as caught:
+        log_loss([0, 1], [[0.5, 0.5], [0.5, 0.5]], labels=[1, 0])
+    assert caught[0].filename == __file__

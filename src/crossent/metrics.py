@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .arrays import as_tensor, check_whole
 from .functional import cross_entropy
+from .warn import CrossentWarning, warn
 
 
 def log_loss(
@@ -138,11 +138,10 @@ def _of_probabilities(proba: Tensor, target: Tensor) -> Tensor:
     eps = torch.finfo(proba.dtype).eps
     total = proba.sum(-1)
     if bool(((total - 1).abs() > math.sqrt(eps) + 1e-8).any()):
-        warnings.warn(
+        warn(
             "The y_proba values do not sum to one. Make sure to pass probabilities "
             "(logits= takes logits).",
-            UserWarning,
-            stacklevel=3,
+            CrossentWarning,
         )
     own = proba.gather(-1, target.unsqueeze(-1)).squeeze(-1).clamp(eps, 1 - eps)
     return own.double().log().neg()
@@ -204,11 +203,10 @@ def _encode(y_true: Any, labels: Any, name: str, shape: tuple[int, ...]) -> Tens
             + ("; say labels= where y_true does not have all of them" if labels is None else "")
         )
     if labels is not None and not np.array_equal(known, given):
-        warnings.warn(
+        warn(
             f"labels: the columns of {name} are taken to be in sorted order, {known.tolist()}, got "
             f"labels {given.tolist()}",
-            UserWarning,
-            stacklevel=3,
+            CrossentWarning,
         )
     place = np.searchsorted(known, true).clip(max=len(known) - 1)
     unknown = known[place] != true

@@ -93,7 +93,7 @@ def check_target(input: Tensor, target: Tensor, axis: int, options: Options) -> 
         return target, False
     if target.shape == rows_shape:
         if options.dim is None:
-            _warn_ambiguous(input, target, axis)
+            _warn_ambiguous(input, target)
         return target, True
     if input.dim() == 1 and target.shape == (1,):  # torch takes this for an unbatched target
         return target.reshape(()), True
@@ -117,9 +117,9 @@ def check_index(input: Tensor, index: Tensor, axis: int) -> None:
         )
 
 
-def _warn_ambiguous(input: Tensor, target: Tensor, axis: int) -> None:
+def _warn_ambiguous(input: Tensor, target: Tensor) -> None:
     """A target that fits two class axes is scored along torch's one, and the user is told."""
-    if input.dim() > 2 and target.shape == input.shape[:-1] and axis != input.dim() - 1:
+    if input.dim() > 2 and target.shape == input.shape[:-1]:
         warn(
             f"input of shape {tuple(input.shape)} with target of shape {tuple(target.shape)} has "
             f"two readings; the class axis is taken to be axis 1, as torch does. Say dim=-1 if "

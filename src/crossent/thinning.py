@@ -90,7 +90,7 @@ def _unbiased(
     for stream, sign in enumerate((1.0, -1.0)):
         mass = torch.where(small & (gradient * sign > 0), size, 0)
         passed = mass.cumsum(-1) / step.clamp(min=torch.finfo(step.dtype).tiny)
-        segments = int(passed.max()) + 2 if passed.numel() else 1
+        segments = int(passed.max()) + 1 if passed.numel() else 1
         points = torch.stack(
             [_uniform(thinning.seed + 2 * int(r) + stream, segments, passed) for r in row]
         )

@@ -94,8 +94,6 @@ def _probabilities(rows: Rows, source: Source) -> Iterator[Suspect]:
 def _worse_than_chance(rows: Rows, source: Source) -> Iterator[Suspect]:
     loss = rows.loss[rows.counted & rows.loss.isfinite()].double()
     chance = math.log(source.classes)
-    if not len(loss) or source.classes < 2:
-        return
     mean, spread = loss.mean().item(), loss.std().item() if len(loss) > 1 else 0.0
     if abs(mean - chance) < 1e-4 * chance and spread < 1e-3:
         yield Suspect(
@@ -122,10 +120,9 @@ def _shifted(rows: Rows, source: Source) -> Iterator[Suspect]:
         return
     most = max(4, source.within_budget(_LOOKED_AT))  # positions
     length = min(source.shape[1], most)
-    sequences = min(source.shape[0], max(1, most // length))
+    sequences = min(source.shape[0], most // length)
     starts = torch.arange(sequences, device="cpu")[:, None] * source.shape[1]
-    places = (starts + torch.arange(length, device="cpu")).flatten()
-    logits = source.some(places).float().cpu().reshape(sequences, length, -1)
+    logits = source.some(starts + torch.arange(length, device="cpu")).float().cpu()
     target = source.target[:sequences, :length].cpu()
     means = {}
     for shift in (-1, 0, 1):
@@ -148,7 +145,7 @@ def _contradictions(rows: Rows, source: Source) -> Iterator[Suspect]:
     """The same row twice, with different targets."""
     # Rows that say nothing are equal without being duplicates.
     says = rows.entropy.double() < math.log(source.classes) - 1e-6
-    places = (rows.counted & rows.loss.isfinite() & says).nonzero().squeeze(-1)
+    (places,) = (rows.counted & rows.loss.isfinite() & says).nonzero(as_tuple=True)
     if len(places) < 2:
         return
     # A row's numbers are the same bits in every batch: equal rows have equal ones.
@@ -181,9 +178,9 @@ def _wrong_labels(rows: Rows, source: Source) -> Iterator[Suspect]:
     of what is predicted, the share that is predicted to be something else says how many of all its
     rows are wrong. Over all labels that many rows are named, those of the largest margin.
     """
-    places = (rows.counted & rows.loss.isfinite()).nonzero().squeeze(-1)
+    (places,) = (rows.counted & rows.loss.isfinite()).nonzero(as_tuple=True)
     classes = source.classes
-    if classes < 2 or len(places) < 10:
+    if len(places) < 10:
         return
     label, predicted = rows.target[places], rows.predicted[places]
     probability, confidence = rows.probability[places].double(), rows.confidence[places].double()
@@ -192,9 +189,9 @@ def _wrong_labels(rows: Rows, source: Source) -> Iterator[Suspect]:
         return
     size = torch.bincount(label, minlength=classes).double()
     threshold = torch.bincount(label, weights=probability, minlength=classes) / size
-    sure = confidence >= threshold[predicted].nan_to_num(math.inf)
-    known = torch.bincount(label[sure], minlength=classes).double()
-    wrong = torch.bincount(label[sure & other], minlength=classes).double()
+    sure = confidence >= threshold[predicted]  # nan, of a class without rows: nobody reaches it
+    known = torch.bincount(label[sure], minlength=classes)
+    wrong = torch.bincount(label[sure & other], minlength=classes)
     expected = int((size * wrong / known.clamp(min=1)).sum().round())
     margin = (confidence - probability).masked_fill(~other, -1)
     order = margin.argsort(descending=True)[: min(expected, int(other.sum()))]
@@ -213,7 +210,7 @@ def _wrong_labels(rows: Rows, source: Source) -> Iterator[Suspect]:
 def _overconfident(rows: Rows, source: Source) -> Iterator[Suspect]:
     """A temperature that would lower the loss."""
     counted = rows.counted & rows.loss.isfinite()
-    if source.classes < 2 or int(counted.sum()) < 50:
+    if int(counted.sum()) < 50:
         return
     error = calibration_error(rows)
     confidence = rows.confidence[counted].double().mean().item()
