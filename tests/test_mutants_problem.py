@@ -48,6 +48,15 @@ def test_rows_that_are_all_ignored_may_hold_anything(stats, backend):
     assert torch.equal(z.grad, torch.zeros(3, 4))
 
 
+def test_targets_that_cannot_be_read_may_be_ignored_ones():
+    """Under vmap over targets nobody knows which rows are ignored; these hold nan."""
+    z, t = torch.randn(3, 4, 5), torch.tensor([[0, -100, 1, 2]] * 3)
+    z[:, 1] = torch.nan
+    slopes = torch.func.vmap(torch.func.grad(crossent.cross_entropy))(z, t)
+    assert slopes.isfinite().all()
+    assert not slopes[:, 1].any()
+
+
 def test_a_row_of_which_some_classes_are_wanted():
     z = torch.randn(3, 5, dtype=torch.float64)
     index = torch.tensor([[0, -100], [-100, 4], [-100, -100]])

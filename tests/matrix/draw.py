@@ -10,12 +10,10 @@ from torch import Tensor
 
 from . import layouts
 from .cells import BF16, F16, F32, F64, Cell, Limits, Source
+from .numbers import Numbers, numpy_integer
 from .table import BACKENDS, FUNCTIONS, Function
 
-INDEX_DTYPES = [
-    torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
-]  # fmt: skip
+_COUNTS = ("dim", "shift", "chunk_rows")
 
 
 def draw(name: str, stream: str, limits: Limits, forced: dict[str, Any] | None = None) -> Cell:
@@ -24,18 +22,11 @@ def draw(name: str, stream: str, limits: Limits, forced: dict[str, Any] | None =
     return _Draw(function, source, limits).cell(name)
 
 
-class _Draw:
+class _Draw(Numbers):
     """The choices of one cell, in the order in which they depend on each other."""
 
     def __init__(self, function: Function, source: Source, limits: Limits) -> None:
-        self.function, self.source, self.limits = function, source, limits
-        self.pick, self.takes = source.pick, function.takes
-        self.leaves: dict[str, Tensor] = {}
-        self.views: dict[str, Callable[[Tensor], Tensor]] = {}
-        self.options: dict[str, Any] = {}
-        self.how: dict[str, Any] = {}
-        self.wrt: list[str] = []
-        self.ignored: Tensor | None = None
+        super().__init__(function, source, limits)
         self.link: Callable[[dict[str, Any]], dict[str, Any]] = lambda arguments: arguments
 
     def cell(self, name: str) -> Cell:
@@ -122,127 +113,6 @@ class _Draw:
         if not self.limits.plain and pick("return_stats", False, True, share=0.3):
             options["return_stats"] = True
 
-    def regimes(self) -> str:
-        """What the logits are like; some only where the formulas allow it."""
-        trained = self.kind == "trained" or "logit_scale" in self.wrt
-        kinds = ["confident", "ties", "flat", "saturated"]
-        if not trained and not self.function.head and "softcap" not in self.options:
-            kinds.append("masked")
-        maps = {"softcap", "logit_scale", "z_loss"} & {*self.options, *self.leaves}
-        if self.dtype in (F32, F64) and not maps and not self.function.head and not trained:
-            kinds.append("huge")
-        return self.pick("regime", "ordinary", *kinds)
-
-    def targets(self, name: str) -> None:
-        source, rows, classes, pick = self.source, self.rows, self.classes, self.pick
-        if not (self.takes("target") or self.takes("index")):
-            return
-        if self.kind != "index" and self.function.family != "log_prob":
-            y = torch.softmax(2 * source.normal("target", *rows, classes), -1)
-            if self.regime == "masked":
-                y = _without(y, self.masked())
-            if self.kind == "constant" and pick("mass", "one", "other", share=0.2) == "other":
-                y = y * 1.5
-            dtype = pick("target dtype", self.dtype, F64 if self.limits.halves else self.dtype)
-            dtype = F32 if self.dtype == F16 and dtype != F16 and name == "patch" else dtype
-            self.store("target", y.movedim(-1, self.axis), dtype)
-            if self.kind == "trained":
-                self.wrt.append("target")
-            return
-        self.kind = "index"
-        several = () if self.limits.plain else (0,)
-        several = self.function.family == "log_prob" and pick(
-            "several", None, 2, 1, *several, share=0.4
-        )
-        shape = rows if several is None or several is False else (*rows, several)
-        t = source.integers("target", 0, classes, *shape)
-        ignore = -100
-        if self.takes("ignore_index"):
-            ignore = pick("ignore_index", -100, 0, 1, -1, 1000, share=0.4)
-        dtype = pick("index dtype", *INDEX_DTYPES, share=0.4)
-        low = torch.iinfo(dtype)
-        if pick("ignored", "none", "some", "some", "all", share=0.6) != "none":
-            gone = torch.rand(shape, generator=source.numbers("ignored")) < 0.4
-            gone = gone | (source.chosen["ignored"] == "all")
-            if low.min <= ignore <= low.max:
-                t = t.masked_fill(gone, ignore)
-        if ignore != -100:
-            kinds = {"number": int, "numpy": _numpy, "tensor": torch.tensor}
-            names = ["number"] if self.limits.compiled else list(kinds)
-            self.options["ignore_index"] = kinds[pick("ignore kind", *names, share=0.3)](ignore)
-        self.ignored = t == ignore if shape == rows else (t == ignore).all(-1)
-        if shape != rows:
-            t = t.movedim(-1, self.axis)
-        self.leaves["target"] = t.to(dtype)
-
-    def masked(self) -> Tensor:
-        """Classes that -inf masks: none of the targets, never all."""
-        gone = torch.rand((*self.rows, self.classes), generator=self.source.numbers("mask")) < 0.4
-        gone[..., 0] = False
-        return gone
-
-    def logits(self) -> Tensor:
-        """Logits of the regime, classes last."""
-        source, shape = self.source, (*self.rows, self.classes)
-        z = 2 * source.normal("input", *shape)
-        if self.regime == "confident":
-            z[..., 0] += 20
-        elif self.regime == "ties":
-            z = source.integers("input", -1, 2, *shape).double()
-        elif self.regime == "flat":
-            z = torch.zeros(shape, dtype=F64)
-        elif self.regime == "saturated":
-            z = z + 4 * float(self.options.get("softcap", 1)) * source.normal("far", *shape).sign()
-        elif self.regime == "huge":
-            base = 2.0**21 if self.dtype == F32 else 2.0**51
-            z = base * (1 - 2 * source.integers("side", 0, 2, *self.rows, 1)) + z.round()
-        elif self.regime == "masked":
-            gone = self.masked()
-            if "target" in self.leaves and not self.leaves["target"].is_floating_point():
-                own = self.leaves["target"].to(torch.int64)
-                if own.shape == self.rows:
-                    own = own.where((own >= 0) & (own < self.classes), 0)
-                    gone = gone.scatter(-1, own.unsqueeze(-1), False)
-                else:
-                    gone = gone & False
-            z = z.masked_fill(gone, -torch.inf)
-        return z
-
-    def inputs(self) -> None:
-        pick, source = self.pick, self.source
-        if not self.function.head:
-            z = self.logits()
-            if self.dirty():
-                z[self.ignored] = (torch.nan, torch.inf)[int(source.integers("bad", 0, 2))]
-            self.store("input", z.movedim(-1, self.axis), self.dtype)
-        else:
-            x = source.normal("input", *self.rows, self.features)
-            w = source.normal("linear_weight", self.classes, self.features)
-            if self.regime in ("confident", "saturated"):
-                w = w * 5
-            elif self.regime == "flat":
-                w = w * 0
-            elif self.regime == "ties":
-                x, w = x.round(), w.round()
-            if self.dirty():
-                x[self.ignored] = torch.nan
-            self.store("input", x, self.dtype)
-            other = F32 if self.dtype in (F16, BF16) else self.dtype
-            dtype = pick("head dtype", self.dtype, other, share=0.3)
-            self.store("linear_weight", w, dtype)
-            if pick("bias", False, True):
-                self.leaves["linear_bias"] = source.normal("bias", self.classes).to(dtype)
-                self.wrt.append("linear_bias")
-            self.wrt.append("linear_weight")
-        if not (len(self.wrt) > 0 and pick("frozen input", False, True, share=0.15)):
-            self.wrt.append("input")
-
-    def dirty(self) -> bool:
-        """Whether ignored rows hold nan or inf."""
-        usable = self.ignored is not None and self.function.family != "calculus"
-        usable = usable and "shift" not in self.options
-        return bool(usable and self.pick("dirty", False, True, share=0.5))
-
     def factors(self, name: str) -> None:
         source, pick, rows = self.source, self.pick, self.rows
         trained = self.regime != "masked"
@@ -287,6 +157,9 @@ class _Draw:
             how["return_dtype"] = dtype
         if self.takes("chunk_rows") and (rows := pick("chunk_rows", None, 1, 2, 1000)):
             how["chunk_rows"] = rows
+        if not self.limits.compiled and pick("integers", "int", "numpy", share=0.2) == "numpy":
+            for given in (self.options, how):
+                given |= {n: numpy_integer(v) for n, v in given.items() if n in _COUNTS}
         if self.takes("gradient_tolerance") and pick("sparse", False, True, share=0.2):
             how["gradient_tolerance"] = 1e-12  # so small that nothing may be dropped
         if (
@@ -322,14 +195,6 @@ class _Draw:
         if not self.wrt:
             self.wrt.append("input")
 
-    def store(self, name: str, logical: Tensor, dtype: torch.dtype) -> None:
-        """A leaf that holds these numbers, in a layout, and the view that reads them."""
-        kinds = layouts.KINDS if self.limits.layouts else ()
-        if self.limits.plain:  # vmap has no rule for the negative bit
-            kinds = tuple(k for k in kinds if k not in ("negative", "conjugate"))
-        kind = self.pick(f"{name} layout", "contiguous", *kinds, share=0.4)
-        self.leaves[name], self.views[name] = layouts.store(logical.to(dtype), kind)
-
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """The dtype that is computed in, and the result's, by the documented rule."""
         dtype = self.leaves["input"].dtype
@@ -350,13 +215,3 @@ class _Draw:
                 else torch.promote_types(leaf, self.leaves["linear_weight"].dtype)
             )
         return compute, result
-
-
-def _numpy(value: int) -> Any:
-    import numpy as np
-
-    return np.int64(value)
-
-
-def _without(y: Tensor, gone: Tensor) -> Tensor:
-    return y.masked_fill(gone, 0.0) / y.masked_fill(gone, 0.0).sum(-1, keepdim=True)

@@ -30,6 +30,8 @@ def store(logical: Tensor, kind: str) -> tuple[Tensor, Callable[[Tensor], Tensor
         return -logical, lambda leaf: torch._neg_view(leaf)
     if kind == "conjugate" and logical.dtype in (torch.float32, torch.float64):
         return -logical, lambda leaf: torch.complex(torch.zeros_like(leaf), leaf).conj().imag
+    if kind == "repeated":  # one row stands for all of them: a stride of 0
+        return logical[:1].contiguous(), lambda leaf: leaf.expand(logical.shape)
     if kind == "intermediate":
         return logical.contiguous(), lambda leaf: leaf * 1
     return logical.contiguous(), lambda leaf: leaf

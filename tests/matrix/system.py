@@ -147,8 +147,8 @@ def _cancels(cell: Cell, name: str) -> bool:
 
     The gradient of a loss or a log-probability by its logits keeps its own digits: that is a
     promise. Through a head it is a sum over classes. Beside other consumers ("all"), by the factors
-    of a mean, where there is but one class, and by a tensor that reaches the loss in two ways, it
-    is a sum whose terms are larger.
+    of a mean, where there is but one class, and by a tensor that reaches the loss in several ways,
+    it is a sum whose terms are larger.
     """
     kind, *words = name.split()
     if kind in ("tangent", "jacobian", "hessian", "all"):
@@ -156,8 +156,9 @@ def _cancels(cell: Cell, name: str) -> bool:
     if kind != "slope":
         return False
     factor = words[-1] in ("weight", "sample_weight", "denominator", "logit_scale")
-    one = cell.source.chosen["classes"] == 1
-    loose = words[0] in ("2", "3") or factor or one or cell.source.chosen["link"]
+    chosen = cell.source.chosen
+    sums = chosen["classes"] == 1 or chosen["link"] or chosen["input layout"] == "repeated"
+    loose = words[0] in ("2", "3") or factor or sums
     return bool(loose) or cell.function.head or cell.function.family in ("entropy", "calculus")
 
 
