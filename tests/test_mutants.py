@@ -322,6 +322,25 @@ def test_sums_are_of_doubles_and_double_equal_terms_exactly(length):
         assert abs(total - math.fsum(row)) <= (math.log2(length) / 2 + 2) * math.ulp(total)
 
 
+def test_many_classes_far_below_the_top_add_up():
+    """Each alone would be a subnormal float32 of three digits."""
+    z = torch.zeros(1, 2**17)
+    z[0, 0] = 95.0
+    loss, g = slope(z, torch.tensor([0]), reduction="sum", backend="reference")
+    truth = math.log1p((2**17 - 1) * math.exp(-95))
+    assert loss.item() == pytest.approx(truth, rel=1e-6, abs=0)
+    assert g[0, 0].item() == pytest.approx(-truth, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_saturated_cap_keeps_the_digits_of_its_slope(side):
+    """d cap tanh(z / cap) / dz = 4 e / (1 + e)^2 with e = exp(-2 |z| / cap)."""
+    z, e = torch.tensor([[side * 20.0, 0.0]]), math.exp(-2 * 20 / 2.0)
+    _, g = slope(z, torch.tensor([1]), reduction="sum", softcap=2.0, backend="reference")
+    p = 1 / (1 + math.exp(-side * 2.0))
+    assert g[0, 0].item() == pytest.approx(p * 4 * e / (1 + e) ** 2, rel=1e-5, abs=0)
+
+
 def test_what_adds_to_nothing_in_float32_adds_up():
     """2**24 and a thousand ones: each alone is lost in float32, whatever the order of pairs."""
     values = torch.cat([torch.tensor([2.0**24]), torch.ones(1000)])
