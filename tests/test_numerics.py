@@ -199,3 +199,27 @@ def test_derivatives_of_confident_rows_keep_their_digits(name, row):
             (value,) = torch.autograd.grad(value, scale, create_graph=True)
             truth = mpmath.diff(lambda s: exact([s * q for q in row]), 1.25, order, h=1e-25)
             assert abs(value.item() / truth - 1) < 1e-12, (order, value.item(), float(truth))
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.1, 1.0, 8.0])
+@pytest.mark.parametrize("classes", [40, 1000, 50257])
+def test_the_entropys_gradient_at_the_top_of_flat_and_of_sharp_rows(classes, spread):
+    z = torch.randn(4, classes, generator=torch.Generator().manual_seed(classes)) * spread
+    x = z.clone().requires_grad_()
+    (g,) = torch.autograd.grad(crossent.entropy(x).sum(), x)
+    log_p = z.double().log_softmax(-1)
+    p, top = log_p.exp(), z.argmax(-1, keepdim=True)
+    truth = -p * (log_p - (p * log_p).sum(-1, keepdim=True))
+    terms = p * (log_p.abs() + (p * log_p).sum(-1, keepdim=True).abs())  # their difference cancels
+    assert ((g - truth).abs() <= 4e-7 * terms).gather(-1, top).all()
+    assert ((g - truth).abs() <= 4e-7 * terms).all()
+
+
+def test_the_entropys_derivatives_at_gaps_above_the_largest_number():
+    big = 3.4e38
+    for row in ([big, -big, 0.0], [big, big, -big], [0.0, 1.0, -big]):
+        x = torch.tensor([row], requires_grad=True)
+        (g,) = torch.autograd.grad(crossent.entropy(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((g * torch.tensor([1.0, 2.0, 3.0])).sum(), x)
+        assert g.isfinite().all()
+        assert second.isfinite().all()

@@ -205,11 +205,17 @@ def expected_nll(z: Tensor, row: RowSummary, a: Tensor) -> Tensor:
 def row_entropy(z: Tensor, row: RowSummary) -> Tensor:
     """-sum_c p_c log p_c for each row, with 0 log 0 = 0: a sum of non-negative parts.
 
-    It is -log p_top and the mean gap below the top, to which the top itself adds nothing.
+    That is lse - m and the mean gap below m. Of a confident row the gradient by the top would be a
+    difference of ones: there it is -log p_top and the mean gap below the top, to which the top
+    itself adds nothing.
     """
-    z_top = (row.maximum + row.rise).unsqueeze(-1)
-    half = (z_top / 2 - z / 2).masked_fill(z.isneginf(), 0)
-    return row.top_nll + ordered_sum(2 * drop(row.exps, row.top) * half) / row.total
+    sure = row.confident
+    top = torch.where(sure, row.maximum + row.rise, row.maximum).unsqueeze(-1)
+    own = torch.where(sure, 0.0, pick(row.exps, row.top)).unsqueeze(-1)
+    # Where exp is 0 a gap of more than the largest number would be inf in the gradient.
+    half = (top / 2 - z / 2).masked_fill(row.exps.detach() == 0, 0)
+    gap = ordered_sum(2 * row.exps.scatter(-1, row.top.unsqueeze(-1), own) * half) / row.total
+    return torch.where(sure, row.top_nll, row.log_sum) + gap
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
