@@ -40,9 +40,9 @@ def digest(results: Iterator[Numbers | str]) -> tuple[str, int]:
         if isinstance(numbers, str):
             found.update(numbers.encode())
             continue
-        for name, tensor in numbers.items():
+        for tensor in numbers.values():
             tensor = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16], count
 
