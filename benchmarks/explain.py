@@ -55,7 +55,7 @@ def labels() -> list[list[str]]:
             model = LogisticRegression(C=strength, max_iter=1000)
             p = cross_val_predict(model, x / 16, given, cv=5, method="predict_proba").clip(1e-30)
             why = crossent.explain(torch.tensor(np.log(p)), torch.tensor(given))
-            ours = next((s.rows for s in why.suspects if s.kind == "wrong labels"), [])
+            ours = next((s.rows for s in why.findings if s.kind == "wrong labels"), [])
             theirs = np.nonzero(find_label_issues(given, p, n_jobs=1))[0].tolist()
             for name, rows in (("crossent", ours), ("cleanlab", theirs)):
                 found[name].append(score(set(rows), set(flipped.tolist())))

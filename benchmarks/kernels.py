@@ -37,7 +37,7 @@ class Empty(torch.autograd.Function):
         return x.new_empty(())
 
     @staticmethod
-    def backward(ctx: object, upstream: Tensor) -> Tensor:
+    def backward(ctx: object, grad_output: Tensor) -> Tensor:
         """Something of the right shape."""
         return ctx.saved_tensors[0]
 
@@ -46,13 +46,13 @@ def operators(rows: int, classes: int, dtype: torch.dtype) -> list[str]:
     """Nanoseconds a logit and a row, forward and gradient in the logits' memory."""
     z, t = torch.randn(rows, classes).to(dtype), torch.randint(0, classes, (rows,))
     total, backward_ = torch.ops.crossent.total.default, torch.ops.crossent.backward_.default
-    upstream, gradient = torch.ones(()), z.clone()
+    grad_output, gradient = torch.ones(()), z.clone()
     saved = total(z, t, None, None, False, *PLAIN)[1]
     found = alternate(
         {
             "forward": lambda: total(z, t, None, None, False, *PLAIN),
             # Over and over into the same memory: after the first time, of its own results.
-            "gradient": lambda: backward_(gradient, upstream, t, None, None, saved, *PLAIN),
+            "gradient": lambda: backward_(gradient, grad_output, t, None, None, saved, *PLAIN),
         },
         seconds=1.0,
     )
@@ -71,7 +71,7 @@ def memory() -> list[list[str]]:
 
     def large() -> None:
         fresh = torch.empty(FRESH)
-        torch.ops.crossent.advise(fresh)
+        torch.ops.crossent.advise_huge_pages(fresh)
         fresh.zero_()
 
     found = alternate(

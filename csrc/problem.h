@@ -1,12 +1,10 @@
-// What kernels are asked: tensors as pointers and strides, options as numbers. Torch-free, and the
+// What kernels are given: tensors as pointers and strides, options as numbers. Torch-free, and the
 // same for every instruction set.
 #pragma once
 
 #include <cstdint>
 
-#define CROSSENT_INLINE inline __attribute__((always_inline))
-// For what a row or a tile is done by: one function each, so that neither takes the other's registers.
-#define CROSSENT_APART __attribute__((noinline))
+#include "macros.h"
 
 namespace crossent {
 
@@ -70,7 +68,15 @@ struct Options {
 };
 
 // What forward hands to backward for each row. Index targets without smoothing need the first two.
-enum Saved { kMaximum, kRest, kPlainSaved, kMass = kPlainSaved, kOpen, kUniformMass, kSaved };
+enum Saved {
+  kMaximum,
+  kRest,
+  kOneHotSaved,
+  kTargetWeight = kOneHotSaved,
+  kUnmasked,
+  kUniformWeight,
+  kSaved
+};
 
 template <class T>
 struct Problem {
@@ -82,34 +88,42 @@ struct Problem {
   Tensor1<const T> sample_weight;
   Options options;
   int64_t rows;                 // how many there are
-  // Outputs of forward, contiguous: one number a row, loss and mass from row `first` on; of what is
-  // saved, first all the maxima, then all the rests, and so on. Statistics null where not wanted.
+  // Outputs of forward, contiguous: one number a row, loss and denominator_weight from row `first`
+  // on; of what is saved, first all the maxima, then all the rests, and so on. Statistics null
+  // where not wanted.
   int64_t first = 0;
-  T *loss, *mass, *saved, *lse, *log_prob, *entropy;
+  T *loss, *denominator_weight, *saved, *lse, *log_prob, *entropy;
   int64_t* argmax;
   int64_t* wrong;  // set to one if a target is neither a class nor ignored
   // Backward.
-  Tensor1<const T> upstream;
+  Tensor1<const T> grad_output;
   Tensor2 gradient;
 
   CROSSENT_INLINE bool by_index() const { return probabilities.data == nullptr; }
-  CROSSENT_INLINE bool plain() const { return by_index() && options.label_smoothing == 0; }
+  // Index targets without smoothing.
+  CROSSENT_INLINE bool one_hot() const { return by_index() && options.label_smoothing == 0; }
   CROSSENT_INLINE T& saved_at(int64_t row, Saved what) const { return saved[what * rows + row]; }
-  CROSSENT_INLINE int saved_count() const { return plain() ? kPlainSaved : kSaved; }
+  CROSSENT_INLINE int saved_count() const { return one_hot() ? kOneHotSaved : kSaved; }
   CROSSENT_INLINE bool mapped() const { return options.logit_scale != 1 || options.softcap != 0; }
+};
+
+// Where the target stands among the classes of its row: arrays of one number a row.
+template <class T>
+struct TargetRanks {
+  int64_t *rank, *runner_up;
+  T* best;
 };
 
 // The kernels, compiled for one instruction set: rows begin to end of a problem.
 struct Kernels {
-  const char* name;
   void (*forward32)(const Problem<float>&, int64_t begin, int64_t end);
   void (*forward64)(const Problem<double>&, int64_t begin, int64_t end);
   void (*backward32)(const Problem<float>&, int64_t begin, int64_t end);
   void (*backward64)(const Problem<double>&, int64_t begin, int64_t end);
-  void (*standing32)(const Problem<float>&, int64_t begin, int64_t end, int64_t* rank,
-                     int64_t* rival, float* best);
-  void (*standing64)(const Problem<double>&, int64_t begin, int64_t end, int64_t* rank,
-                     int64_t* rival, double* best);
+  void (*target_rank32)(const Problem<float>&, int64_t begin, int64_t end,
+                        const TargetRanks<float>& out);
+  void (*target_rank64)(const Problem<double>&, int64_t begin, int64_t end,
+                        const TargetRanks<double>& out);
 };
 
 extern const Kernels kPortable, kAvx2, kAvx512;

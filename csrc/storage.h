@@ -1,39 +1,18 @@
 // Numbers as they are stored: blocks of logits in, blocks of gradients out. Torch-free.
 #pragma once
 
+#include "float16.h"
 #include "problem.h"
 #include "vec.h"
 
 namespace crossent::CROSSENT_ISA {
-
-CROSSENT_INLINE float from_bfloat16(uint16_t h) { return bits<float>(uint32_t(h) << 16); }
-CROSSENT_INLINE uint16_t to_bfloat16(float f) {  // nearest, ties to even; nan stays nan
-  const uint32_t u = bits<uint32_t>(f);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return f != f ? uint16_t(0x7fc0) : uint16_t(rounded);
-}
-CROSSENT_INLINE float from_float16(uint16_t h) {  // exact, subnormals, inf and nan included
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-  const float scaled = bits<float>(uint32_t(h & 0x7fffu) << 13) * 0x1p112f;
-  const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-  return bits<float>(bits<uint32_t>(scaled) | special | sign);
-}
-CROSSENT_INLINE uint16_t to_float16(float f) {  // nearest, ties to even
-  const uint32_t u = bits<uint32_t>(f), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
-  const uint32_t odd = (a >> 13) & 1u;
-  const uint32_t normal = (a + 0xc8000fffu + odd) >> 13;  // rebias by 2^-112, round
-  const uint32_t small = bits<uint32_t>(bits<float>(a) + 0.5f) - 0x3f000000u;
-  const uint32_t finite = a < 0x38800000u ? small : normal;
-  const uint32_t result = a > 0x7f800000u ? 0x7e00u : a >= 0x47800000u ? 0x7c00u : finite;
-  return uint16_t(result | sign);
-}
 
 // Runs of float16, eight at a time where the machine converts them.
 #ifdef CROSSENT_F16C
 typedef short Halves __attribute__((vector_size(16)));
 typedef float Floats __attribute__((vector_size(32)));
 #endif
-CROSSENT_INLINE void from_float16(const uint16_t* p, int n, float* out) {
+CROSSENT_INLINE void from_float16_run(const uint16_t* p, int n, float* out) {
   int i = 0;
 #ifdef CROSSENT_F16C
   for (; i + 8 <= n; i += 8) {
@@ -45,7 +24,7 @@ CROSSENT_INLINE void from_float16(const uint16_t* p, int n, float* out) {
 #endif
   for (; i < n; ++i) out[i] = from_float16(p[i]);
 }
-CROSSENT_INLINE void to_float16(const float* in, int n, uint16_t* p) {
+CROSSENT_INLINE void to_float16_run(const float* in, int n, uint16_t* p) {
   int i = 0;
 #ifdef CROSSENT_F16C
   for (; i + 8 <= n; i += 8) {
@@ -62,13 +41,13 @@ CROSSENT_INLINE void to_float16(const float* in, int n, uint16_t* p) {
 // Returns where they are: `out`, or the source itself where that is as good.
 template <class T>
 CROSSENT_INLINE const T* read(const void* source, Dtype dtype, int64_t stride, int n, T* out) {
-  const auto each = [&](auto* p, auto convert) __attribute__((always_inline)) {
+  const auto each = [&](auto* p, auto convert) CROSSENT_INLINE_LAMBDA {
     if (stride == 1)
       for (int i = 0; i < n; ++i) out[i] = T(convert(p[i]));
     else
       for (int i = 0; i < n; ++i) out[i] = T(convert(p[i * stride]));
   };
-  const auto same = [](auto x) __attribute__((always_inline)) { return x; };
+  const auto same = [](auto x) CROSSENT_INLINE_LAMBDA { return x; };
   switch (dtype) {
     case Dtype::kFloat32:
       if (sizeof(T) == 4 && stride == 1) return static_cast<const T*>(source);
@@ -80,13 +59,13 @@ CROSSENT_INLINE const T* read(const void* source, Dtype dtype, int64_t stride, i
       break;
     case Dtype::kBFloat16:
       each(static_cast<const uint16_t*>(source),
-           [](uint16_t h) __attribute__((always_inline)) { return from_bfloat16(h); });
+           [](uint16_t h) CROSSENT_INLINE_LAMBDA { return from_bfloat16(h); });
       break;
     case Dtype::kFloat16:
       if constexpr (sizeof(T) == 4)
-        if (stride == 1) return from_float16(static_cast<const uint16_t*>(source), n, out), out;
+        if (stride == 1) return from_float16_run(static_cast<const uint16_t*>(source), n, out), out;
       each(static_cast<const uint16_t*>(source),
-           [](uint16_t h) __attribute__((always_inline)) { return from_float16(h); });
+           [](uint16_t h) CROSSENT_INLINE_LAMBDA { return from_float16(h); });
       break;
   }
   return out;
@@ -95,7 +74,7 @@ CROSSENT_INLINE const T* read(const void* source, Dtype dtype, int64_t stride, i
 // The reverse: n elements of a gradient to where they belong, rounded once.
 template <class T>
 CROSSENT_INLINE void write(void* target, Dtype dtype, int64_t stride, int n, const T* in) {
-  const auto each = [&](auto* p, auto convert) __attribute__((always_inline)) {
+  const auto each = [&](auto* p, auto convert) CROSSENT_INLINE_LAMBDA {
     if (stride == 1)
       for (int i = 0; i < n; ++i) p[i] = convert(in[i]);
     else
@@ -103,20 +82,20 @@ CROSSENT_INLINE void write(void* target, Dtype dtype, int64_t stride, int n, con
   };
   switch (dtype) {
     case Dtype::kFloat32:
-      each(static_cast<float*>(target), [](T x) __attribute__((always_inline)) { return float(x); });
+      each(static_cast<float*>(target), [](T x) CROSSENT_INLINE_LAMBDA { return float(x); });
       break;
     case Dtype::kFloat64:
-      each(static_cast<double*>(target), [](T x) __attribute__((always_inline)) { return double(x); });
+      each(static_cast<double*>(target), [](T x) CROSSENT_INLINE_LAMBDA { return double(x); });
       break;
     case Dtype::kBFloat16:
       each(static_cast<uint16_t*>(target),
-           [](T x) __attribute__((always_inline)) { return to_bfloat16(float(x)); });
+           [](T x) CROSSENT_INLINE_LAMBDA { return to_bfloat16(float(x)); });
       break;
     case Dtype::kFloat16:
       if constexpr (sizeof(T) == 4)
-        if (stride == 1) return to_float16(in, n, static_cast<uint16_t*>(target));
+        if (stride == 1) return to_float16_run(in, n, static_cast<uint16_t*>(target));
       each(static_cast<uint16_t*>(target),
-           [](T x) __attribute__((always_inline)) { return to_float16(float(x)); });
+           [](T x) CROSSENT_INLINE_LAMBDA { return to_float16(float(x)); });
       break;
   }
 }

@@ -2,8 +2,9 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
-#include "kernels.h"
+#include "row_kernels.h"
 
 namespace crossent::CROSSENT_ISA {
 
@@ -40,21 +41,38 @@ struct Tile {
   }
 };
 
+// Lane j of one of the two vectors that a block of two by two becomes: L and more are the second's.
+template <int L, int S, bool kOdd>
+constexpr int transposed_lane(int j) {
+  if (kOdd) return j & S ? L + j : j | S;
+  return j & S ? L + (j ^ S) : j;
+}
+#ifndef __has_builtin
+#define __has_builtin(name) 0
+#endif
+#if __has_builtin(__builtin_shufflevector)  // clang, and gcc from 12 on
+template <class T, int S, bool kOdd, int... J>
+CROSSENT_INLINE V<T> transpose_pair(V<T> a, V<T> b, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(a, b, transposed_lane<kLanes<T>, S, kOdd>(J)...);
+}
+#else
+template <class T, int S, bool kOdd, int... J>
+CROSSENT_INLINE V<T> transpose_pair(V<T> a, V<T> b, std::integer_sequence<int, J...>) {
+  return __builtin_shuffle(a, b, I<T>{transposed_lane<kLanes<T>, S, kOdd>(J)...});
+}
+#endif
+
 // x[i][j] becomes x[j][i], for as many vectors as each has lanes: blocks of s change places, for
 // s = 1, 2, 4, ...
 template <class T, int S = 1>
 CROSSENT_INLINE void transpose(V<T>* x) {
   constexpr int L = kLanes<T>;
-  I<T> even, odd;
-  for (int j = 0; j < L; ++j) {
-    even[j] = j & S ? L + (j ^ S) : j;
-    odd[j] = j & S ? L + j : j | S;
-  }
+  const std::make_integer_sequence<int, L> lanes;
   for (int i = 0; i < L; ++i) {
     if (i & S) continue;
     const V<T> a = x[i], b = x[i | S];
-    x[i] = __builtin_shuffle(a, b, even);
-    x[i | S] = __builtin_shuffle(a, b, odd);
+    x[i] = transpose_pair<T, S, false>(a, b, lanes);
+    x[i | S] = transpose_pair<T, S, true>(a, b, lanes);
   }
   if constexpr (2 * S < L) transpose<T, 2 * S>(x);
 }
@@ -64,30 +82,30 @@ template <class T, class F>
 CROSSENT_INLINE void with_storage(const Tensor2& t, F f) {
   switch (t.dtype) {
     case Dtype::kFloat32:
-      return f(static_cast<float*>(t.data), [](float x) __attribute__((always_inline)) { return T(x); },
-               [](T x) __attribute__((always_inline)) { return float(x); });
+      return f(static_cast<float*>(t.data), [](float x) CROSSENT_INLINE_LAMBDA { return T(x); },
+               [](T x) CROSSENT_INLINE_LAMBDA { return float(x); });
     case Dtype::kFloat64:
-      return f(static_cast<double*>(t.data), [](double x) __attribute__((always_inline)) { return T(x); },
-               [](T x) __attribute__((always_inline)) { return double(x); });
+      return f(static_cast<double*>(t.data), [](double x) CROSSENT_INLINE_LAMBDA { return T(x); },
+               [](T x) CROSSENT_INLINE_LAMBDA { return double(x); });
     case Dtype::kBFloat16:
       return f(static_cast<uint16_t*>(t.data),
-               [](uint16_t h) __attribute__((always_inline)) { return T(from_bfloat16(h)); },
-               [](T x) __attribute__((always_inline)) { return to_bfloat16(float(x)); });
+               [](uint16_t h) CROSSENT_INLINE_LAMBDA { return T(from_bfloat16(h)); },
+               [](T x) CROSSENT_INLINE_LAMBDA { return to_bfloat16(float(x)); });
     case Dtype::kFloat16:
       return f(static_cast<uint16_t*>(t.data),
-               [](uint16_t h) __attribute__((always_inline)) { return T(from_float16(h)); },
-               [](T x) __attribute__((always_inline)) { return to_float16(float(x)); });
+               [](uint16_t h) CROSSENT_INLINE_LAMBDA { return T(from_float16(h)); },
+               [](T x) CROSSENT_INLINE_LAMBDA { return to_float16(float(x)); });
   }
 }
 
-// All classes of a tile: class c in out[c], which has room for a multiple of L of them. Rows one after
-// the other are read as they lie in memory and transposed in blocks; a block may look beyond its row,
-// but never beyond the tensor.
+// All classes of a tile: class c in out[c], which has room for a multiple of L of them. Rows one
+// after the other are read as they lie in memory and transposed in blocks; a block may look beyond
+// its row, but never beyond the tensor.
 template <class T>
 CROSSENT_INLINE void read_tile(const Tensor2& t, const Tile<T>& tile, int classes, V<T>* out) {
   constexpr int L = kLanes<T>;
   T* each = reinterpret_cast<T*>(out);
-  with_storage<T>(t, [&](const auto* p, auto from, auto) __attribute__((always_inline)) {
+  with_storage<T>(t, [&](const auto* p, auto from, auto) CROSSENT_INLINE_LAMBDA {
     if (tile.unit)
       for (int c = 0; c < classes; ++c)
         for (int l = 0; l < L; ++l)
@@ -125,14 +143,14 @@ CROSSENT_INLINE void map_tile(const Problem<T>& p, V<T>* z, V<T>* slope = nullpt
 }
 
 // The rows of a tile that are meant, back to where they belong. Rows without gaps between them are
-// transposed in blocks: one that reaches beyond its row is overwritten by the next rows of the tile, so
-// it goes first; near the end of the tile numbers are written one by one.
+// transposed in blocks: one that reaches beyond its row is overwritten by the next rows of the
+// tile, so it goes first; near the end of the tile numbers are written one by one.
 template <class T>
 CROSSENT_INLINE void write_tile(const Tensor2& t, const Tile<T>& tile, int classes, int count,
                                 const bool* skip, const V<T>* in) {
   constexpr int L = kLanes<T>;
   const T* each = reinterpret_cast<const T*>(in);
-  with_storage<T>(t, [&](auto* p, auto, auto to) __attribute__((always_inline)) {
+  with_storage<T>(t, [&](auto* p, auto, auto to) CROSSENT_INLINE_LAMBDA {
     if (tile.unit && !skip) {
       for (int c = 0; c < classes; ++c)
         for (int l = 0; l < L; ++l)
@@ -189,18 +207,18 @@ CROSSENT_INLINE void write_numbers(T* to, int count, V<T> v) {
   for (int l = 0; l < count; ++l) to[l] = v[l];
 }
 
-// What the rows of a tile are scored against: a class, or -1 where the row is ignored (dead: it
-// costs nothing), where the target is no class, where it is probabilities, and in lanes past the end.
+// What the rows of a tile are scored against: a class, or -1 where the row is ignored (it costs
+// nothing), where the target is no class, where it is probabilities, and in lanes past the end.
 template <class T>
 struct Targets {
   static constexpr int L = kLanes<T>;
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   alignas(64) Int at[L];
-  I<T> target, dead;
+  I<T> target, ignored;
 
   CROSSENT_INLINE Targets(const Problem<T>& p, int64_t row, int count) {
     if (!p.by_index()) {  // probabilities: no row is ignored, none has a class
-      dead = I<T>{}, target = dead - 1;
+      ignored = I<T>{}, target = ignored - 1;
       std::memcpy(at, &target, sizeof target);
       return;
     }
@@ -210,14 +228,14 @@ struct Targets {
     else
       for (int l = 0; l < L; ++l) raw[l] = l < count ? p.index(row + l) : p.options.ignore_index;
     const int64_t classes = p.classes, ignore_index = p.options.ignore_index;
-    alignas(64) Int ignored[L];
+    alignas(64) Int is_ignored[L];
     for (int l = 0; l < L; ++l) {
-      const bool inside = (raw[l] >= 0) & (raw[l] < classes), dead = raw[l] == ignore_index;
-      ignored[l] = Int(-int64_t(dead));
-      at[l] = Int(inside & !dead ? raw[l] : -1);
+      const bool inside = (raw[l] >= 0) & (raw[l] < classes), skipped = raw[l] == ignore_index;
+      is_ignored[l] = Int(-int64_t(skipped));
+      at[l] = Int(inside & !skipped ? raw[l] : -1);
     }
     std::memcpy(&target, at, sizeof target);
-    std::memcpy(&dead, ignored, sizeof dead);
+    std::memcpy(&ignored, is_ignored, sizeof ignored);
   }
   // The number of each row at its target; 0 where there is none.
   template <class F>

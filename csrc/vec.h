@@ -58,8 +58,8 @@ template <class T>
 CROSSENT_INLINE V<T> splat(T x) {
   return x - V<T>{};
 }
-// The last n % lanes of n numbers: in the last lanes of the vector that ends with them, or in the first
-// ones where n < lanes. The other lanes are `outside`, and hold `fill`.
+// The last n % lanes of n numbers: in the last lanes of the vector that ends with them, or in the
+// first ones where n < lanes. The other lanes are `outside`, and hold `fill`.
 template <class T>
 CROSSENT_INLINE I<T> outside_tail(int n) {
   constexpr int L = kLanes<T>;
@@ -72,20 +72,13 @@ CROSSENT_INLINE V<T> load_tail(const T* p, int n, T fill) {
   if (n < kLanes<T>) return load(p, n, fill);
   return outside_tail<T>(n) ? splat(fill) : load(p + n - kLanes<T>);
 }
-template <class To, class From>
-CROSSENT_INLINE To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
 // What sums of many T are kept in: more digits than T has, and a wider range. (Where long double is
 // double, sums of doubles over more than one block have the rounding of doubles.)
 template <class T>
-using Wide = std::conditional_t<sizeof(T) == 4, double, long double>;
+using Accumulator = std::conditional_t<sizeof(T) == 4, double, long double>;
 
-// A sum for every lane, and what rounding took from it (Knuth's two-sum): as exact as its terms. Where
-// the sum is infinite, nan.
+// A sum for every lane, and what rounding took from it (Knuth's two-sum): as exact as its terms.
+// Where the sum is infinite, nan.
 template <class T>
 struct LaneSum {
   V<T> sum{}, lost{};
@@ -95,21 +88,25 @@ struct LaneSum {
     lost += (sum - (next - part)) + (x - part);
     sum = next;
   }
-  // Four terms pairwise: each of them is rounded twice, and terms that are equal are not rounded at all.
+  // Four terms pairwise: each of them is rounded twice, and terms that are equal are not rounded at
+  // all.
   CROSSENT_INLINE void add(const V<T>* x) { add((x[0] + x[1]) + (x[2] + x[3])); }
 
-  CROSSENT_INLINE Wide<T> operator[](int l) const { return Wide<T>(sum[l]) + Wide<T>(lost[l]); }
+  CROSSENT_INLINE Accumulator<T> operator[](int l) const {
+    return Accumulator<T>(sum[l]) + Accumulator<T>(lost[l]);
+  }
   // The sum of all lanes, in a fixed order.
-  CROSSENT_INLINE Wide<T> total() const {
-    Wide<T> all = 0;
+  CROSSENT_INLINE Accumulator<T> total() const {
+    Accumulator<T> all = 0;
     for (int l = 0; l < kLanes<T>; ++l) all += (*this)[l];
     return all;
   }
 };
 
-// exp comes out times kScale, a power of two, so that nothing on the way is subnormal: where the sum of
-// a row is tiny, all of its digits are there. kLow is so far down that exp of it, unscaled, is 0. From
-// abs(m) > kFar on, z - m is exact wherever it is above kLow (Sterbenz: z and m are that much alike).
+// exp comes out times kScale, a power of two, so that nothing on the way is subnormal: where the
+// sum of a row is tiny, all of its digits are there. kLow is so far down that exp of it, unscaled,
+// is 0. From abs(m) > kFar on, z - m is exact wherever it is above kLow (Sterbenz: z and m are that
+// much alike).
 template <class T>
 struct Exp;
 template <>
@@ -187,9 +184,9 @@ CROSSENT_INLINE V<T> difference(V<T> z, V<T> m) {
 // Where exp(z - m) is measured from: a finite m, prepared once for many z.
 //
 // exp gives kScale exp(z - m) for z <= m: less than any float where z <= m + kLow, nan for nan.
-// Error < 2 ulp however large the gap, where the rounding of z - m alone would cost 32 ulp at a gap of
-// 80: that error is known exactly (Knuth's two-sum) and goes into the reduced argument.
-// kFar says that abs(m) > Exp::kFar, up to the largest float: then there is no such error, but m + kLow
+// Error < 2 ulp however large the gap, where the rounding of z - m alone would cost 32 ulp at a gap
+// of 80: that error is known exactly (Knuth's two-sum) and goes into the reduced argument. kFar
+// says that abs(m) > Exp::kFar, up to the largest float: then there is no such error, but m + kLow
 // may be no other number than m. gap gives m - z, but at most -kLow.
 template <class T>
 struct TwoSum {
@@ -218,8 +215,8 @@ struct Origin : TwoSum<T> {
 
 #if defined(CROSSENT_FMA) || defined(__ARM_FEATURE_FMA)
 // The same with a third fewer operations where products are added unrounded: z - m is never formed.
-// With n = round((z - m) log2(e)) and m log2(e) = hi + lo, where hi is a multiple of a power of two so
-// coarse that n + hi is exact, the reduced argument is
+// With n = round((z - m) log2(e)) and m log2(e) = hi + lo, where hi is a multiple of a power of two
+// so coarse that n + hi is exact, the reduced argument is
 //   fma(z, log2(e), -(n + hi)) + (z (log2(e) - its float) - lo).
 template <>
 struct Origin<float> {
@@ -282,12 +279,14 @@ CROSSENT_INLINE X upper_half(X x) {
   return bits<X>(bits<Bits>(x) & -4096);
 }
 
-// The slope of tanh: sech^2(k z) = 4 e / (1 + e)^2 with e = exp(-2 abs(k z)), where 1 - tanh^2 would
-// cancel; times `factor`; nan for nan. Relative error < 5e-7 (of doubles: < 1e-12) wherever it is a
-// normal number: what rounding takes from k z is kept, for exp makes a relative error of it.
+// The slope of tanh: sech^2(k z) = 4 e / (1 + e)^2 with e = exp(-2 abs(k z)), where 1 - tanh^2
+// would cancel; times `factor`; nan for nan. Relative error < 5e-7 (of doubles: < 1e-12) wherever
+// it is a normal number: what rounding takes from k z is kept, for exp makes a relative error of
+// it.
 CROSSENT_INLINE V<float> sech2(V<float> z, double k, float factor) {
   const double twice = 2 * std::fabs(k), lowest = double(Exp<float>::kLow) / twice;
-  const float most = std::numeric_limits<float>::max(), low = lowest < -most ? -most : float(lowest);
+  const float most = std::numeric_limits<float>::max();
+  const float low = lowest < -most ? -most : float(lowest);
   const V<float> minus = z < 0.0f ? z : -z, x = minus < low ? splat(low) : minus;
   const float k1 = float(twice), k_upper = upper_half(k1), k_lower = k1 - k_upper;
   const V<float> x_upper = upper_half(x), x_lower = x - x_upper, d = x * k1;

@@ -28,7 +28,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import crossent
-from crossent.learn.steps_view import as_table
+from crossent.learn.rendering import as_table
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -225,15 +225,15 @@ def timed(
 
 def entries(features: Tensor, weight: Tensor, target: Tensor, mode: str, tau: float) -> float:
     """How many entries are left in a row of the gradient, on average over some rows."""
-    from crossent.thinning import Thinning
+    from crossent.head.sparse import Sparsification
 
     some = slice(0, 256)
     gradient = crossent.gradient(features[some] @ weight.T, target[some])
     rows = torch.arange(len(gradient))
-    thinned = Thinning(tau, mode == "unbiased", 0).of(
+    sparsified = Sparsification(tau, mode == "unbiased", 0).of(
         gradient, torch.ones(len(rows)), target[some], rows, kernels=False
     )
-    return (thinned != 0).sum().item() / len(rows)
+    return (sparsified != 0).sum().item() / len(rows)
 
 
 def draw(runs: list[Run]) -> Figure:

@@ -1,7 +1,7 @@
 """Lightning with gradient accumulation: the loss of the whole, not the mean of the parts' means.
 
 Rows count differently in each batch (padding, masked labels). Each batch adds the sum of its losses
-to the gradient, and before a step the gradient is divided by how many rows counted in all of them,
+to the gradient, and before a step the gradient is divided by how many rows valid in all of them,
 so that four batches of two sequences are one of eight.
 
 Usage: python examples/lightning_accumulation.py [--accumulate N]
@@ -35,7 +35,7 @@ class LanguageModel(lightning.LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch: list[Tensor], index: int) -> None:
-        """Add a batch; after the last of a group, divide by what counted and step."""
+        """Add a batch; after the last of a group, divide by what valid and step."""
         ids, labels = batch
         loss = crossent.cross_entropy(
             self.head(self.embedding(ids)), labels, dim=-1, shift=1, reduction="sum"

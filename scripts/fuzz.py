@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from matrix.count import table
-from matrix.run import Outcome, minimal, pairs, run_cell
+from tests.matrix.count import table
+from tests.matrix.run import Outcome, minimal, pairs, run_cell
 
 
 def main() -> int:

@@ -219,7 +219,7 @@ def _tested(copy: Path, files: list[str], durations: dict[str, float] | None) ->
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    sys.path[:0] = [str(copy / "src"), str(copy / "tests")]
+    sys.path[:0] = [str(copy / "src"), str(copy)]
     os.environ["PYTHONPATH"] = str(copy / "src")
     left_out = " and ".join(f"not {name}" for name in _LEFT_OUT.split())
     # A mutant's files one by one: most die in the first, and the others are not even collected.

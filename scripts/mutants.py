@@ -2,7 +2,7 @@
 
     python scripts/mutants.py                      hand-made mutants, then a sample of each module
     python scripts/mutants.py --sample 0           hand-made mutants, then every mutant
-    python scripts/mutants.py --module warn        one module
+    python scripts/mutants.py --module problem/warnings        one module
     python scripts/mutants.py --list               the mutants of a sample, not run
     python scripts/mutants.py --sample 0 --verbose --killed LOG
                                                    every mutant but those that LOG, what --verbose
@@ -41,36 +41,53 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path("src", "crossent")
 EXCUSES = Path("tests", "mutants_excused.toml")
 
-_LOSS = (
-    "mutants argument_edges errors options against_torch better_than_torch properties kernels "
-    "derivatives modules calculus truth"
+_WHOLE = (
+    "options log_prob_and_entropy against_torch better_than_torch properties derivatives exported "
+    "memory modules patching"
 )
-_HEAD = "linear thinning"
-_REPORT = "explain diagnosis diagnosis_edges"
-# Each module, and the test files that are run for it (tests/test_<name>.py, where there is one).
+_BACKENDS = (
+    "backends/derivative_formulas backends/dispatch backends/extreme_logits backends/kernels "
+    "backends/ops backends/reduction backends/reuse_input backends/small_calls"
+)
+_LOSS = f"problem/* {_BACKENDS} {_WHOLE} learn/calculus head/linear* head/row_functions"
+_HEAD = "head/*"
+_REPORT = "report/* problem/arrays"
+# Each module, and the test files that are run for it: FOLDER/NAME is tests/FOLDER/test_NAME.py, and
+# a star stands for any name.
 MODULES = {
-    "problem": f"mutants_problem {_LOSS} linear",
-    "targets": f"mutants_problem {_LOSS} linear",
-    "reduction": f"mutants_problem {_LOSS} linear",
-    "warn": "mutants modules errors options better_than_torch diagnosis",
-    "calculus": "mutants_problem calculus_edges calculus mutants better_than_torch explain",
-    "arithmetic": f"{_LOSS} numerics",
-    "thinning": f"mutants_problem mutants {_HEAD} truth",
+    "problem/rows": f"{_LOSS} head/chunk_plan",
+    "problem/preparation": f"{_LOSS} head/chunk_plan",
+    "problem/checks": f"{_LOSS} head/chunk_plan",
+    "backends/reduction": f"{_LOSS} head/chunk_plan",
+    "problem/warnings": (
+        "problem/* options log_prob_and_entropy modules patching better_than_torch "
+        "backends/reduction backends/dispatch backends/small_calls report/diagnosis"
+    ),
+    "learn/calculus": (
+        "learn/* problem/* log_prob_and_entropy options better_than_torch backends/reduction "
+        "backends/extreme_logits report/explanation report/findings"
+    ),
+    "backends/numerics": f"{_LOSS} backends/numerics",
+    "head/sparse": f"{_HEAD} problem/* backends/reduction backends/dispatch memory exported",
     "report/diagnose": _REPORT,
-    "metrics": "integrations metrics",
+    "integrations/sklearn": "integrations/log_loss* integrations/scorer problem/arrays",
 }
 # Mutants that once survived every test: module, text, what it becomes.
 HAND_MADE = (
-    ("reduction", "else math.nan), 0.0", "else math.nan), 1.0"),
-    ("targets", "place[-1] += shift", "pass"),
-    ("rowwise", "(upstream * rows.mass).abs()", "upstream * rows.mass"),
+    ("backends/reduction", "else math.nan), 0.0", "else math.nan), 1.0"),
+    ("problem/checks", "place[-1] += shift", "pass"),
+    (
+        "head/row_functions",
+        "(grad_output * rows.denominator_weight).abs()",
+        "grad_output * rows.denominator_weight",
+    ),
     ("report/tables", "-(-percent * len(losses) // 100)", "max(1, percent * len(losses) // 100)"),
-    ("warn", "tolerance = 1e-3 if", "tolerance = 1e-2 if"),
+    ("problem/warnings", "tolerance = 1e-3 if", "tolerance = 1e-2 if"),
     ("report/diagnose", "1.05 * chance", "1.5 * chance"),
     ("report/diagnose", "< 0.7 * means[0]", "< 0.95 * means[0]"),
     ("report/diagnose", "after < 0.98 * before", "after < 0.5 * before"),
 )
-_TESTS_OF_OTHERS = {"rowwise": f"mutants {_HEAD}", "report/tables": _REPORT}
+_TESTS_OF_OTHERS = {"head/row_functions": _HEAD, "report/tables": _REPORT}
 
 
 class Mutant(NamedTuple):
@@ -126,11 +143,19 @@ def hand_made_mutants(root: Path) -> tuple[list[Mutant], list[str]]:
 
 
 def tests_for(root: Path, module: str) -> tuple[str, ...]:
-    """The test files of a module, as paths in the tree."""
-    names = (MODULES | _TESTS_OF_OTHERS)[module].split()
-    return tuple(
-        f"tests/test_{name}.py" for name in names if (root / f"tests/test_{name}.py").exists()
-    )
+    """The test files of a module, as paths in the tree.
+
+    Raises:
+        SystemExit: the table names a file that is no more.
+    """
+    files: dict[str, None] = {}
+    for name in (MODULES | _TESTS_OF_OTHERS)[module].split():
+        folder, _, stem = name.rpartition("/")
+        found = sorted((root / "tests" / folder).glob(f"test_{stem}.py"))
+        if not found:
+            raise SystemExit(f"{module}: no test file is called {name}")
+        files |= dict.fromkeys(path.relative_to(root).as_posix() for path in found)
+    return tuple(files)
 
 
 def report(title: str, runs: list[Run], excused: list[Mutant]) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 
 import crossent
-from crossent.options import Backend
+from crossent.problem.options import Backend
 from crossent.testing import NO_ERRORS, Case, Errors, RowLoss, budget, hard_rows, measure, truths
 
 PAGE = Path(__file__).parent.parent / "docs" / "numerics.md"
@@ -58,8 +58,8 @@ choice and rounds them.
 {by_dtype}
 
 A relative error of 1 means that nothing is left: torch returns 0 for a confident row's loss and for
-its target's gradient. Entries of float16 gradients below 6.1e-5, its smallest normal number, are
-not counted. The sums of rows of rounded half-precision gradients are shown, but held to nothing.
+its target's gradient. CSRRows of float16 gradients below 6.1e-5, its smallest normal number, are
+ignored. The sums of rows of rounded half-precision gradients are shown, but held to nothing.
 
 ## Worst errors by kind of row, float32
 

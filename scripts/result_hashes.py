@@ -22,12 +22,12 @@ from torch import Tensor
 
 import crossent
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from matrix.draw import draw
-from matrix.modes import EAGER, plain
-from matrix.system import System
-from matrix.table import FUNCTIONS
+from tests.matrix.draw import draw
+from tests.matrix.modes import EAGER, plain
+from tests.matrix.system import System
+from tests.matrix.table import FUNCTIONS
 
 Numbers = dict[str, Tensor]
 

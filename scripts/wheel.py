@@ -18,7 +18,17 @@ import click
 ROOT = Path(__file__).parent.parent
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-SANITIZED_TESTS = ("test_kernels.py", "test_options.py", "test_against_torch.py")
+SANITIZED_TESTS = (
+    "backends/test_dispatch.py",
+    "backends/test_extreme_logits.py",
+    "backends/test_kernels.py",
+    "backends/test_ops.py",
+    "backends/test_reuse_input.py",
+    "backends/test_small_calls.py",
+    "test_against_torch.py",
+    "test_log_prob_and_entropy.py",
+    "test_options.py",
+)
 TRIAL = """
 import pathlib, sys, torch, crossent
 assert pathlib.Path(crossent.__file__).is_relative_to(sys.argv[1]), crossent.__file__

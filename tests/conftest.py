@@ -27,8 +27,3 @@ def on_threads():
 
     yield each
     torch.set_num_threads(before)
-
-
-def serving(backend: str) -> str:
-    """For functions that the CPU kernels do not have: asked for by name, they refuse."""
-    return "auto" if backend == "cpu" else backend

@@ -22,17 +22,17 @@ TOLERANCE = {
 
 
 def both(input, target, weight, backend, **arguments):
-    """Values and gradients of ours and of torch's, under the same vector upstream gradient."""
+    """Values and gradients of ours and of torch's, under the same vector grad_output."""
     results = []
-    upstream = None
+    grad_output = None
     for loss, more in ((crossent.cross_entropy, {"backend": backend}), (F.cross_entropy, {})):
         x = input.detach().clone().requires_grad_()
         y = target.detach().clone()
         y.requires_grad_(y.is_floating_point())
         value = loss(x, y, weight, **arguments, **more)
-        upstream = torch.randn_like(value) if upstream is None else upstream
+        grad_output = torch.randn_like(value) if grad_output is None else grad_output
         leaves = [x, y] if y.requires_grad else [x]
-        results.append((value, *torch.autograd.grad(value, leaves, upstream)))
+        results.append((value, *torch.autograd.grad(value, leaves, grad_output)))
     return results
 
 
@@ -144,13 +144,13 @@ def test_layouts_of_logits(layout, backend):
     torch.testing.assert_close(ours, torchs)
 
 
-def test_zero_stride_and_negative_upstream_gradients(backend):
+def test_zero_stride_and_negative_grad_outputs(backend):
     x, t = torch.randn(6, 5, dtype=torch.float64), torch.randint(0, 5, (6,))
-    for upstream in (torch.tensor(2.0).double().expand(6), torch.randn(12).double()[::2]):
+    for grad_output in (torch.tensor(2.0).double().expand(6), torch.randn(12).double()[::2]):
         slopes = []
         for loss in (crossent.cross_entropy, F.cross_entropy):
             z = x.clone().requires_grad_()
-            slopes += torch.autograd.grad(loss(z, t, reduction="none"), z, upstream)
+            slopes += torch.autograd.grad(loss(z, t, reduction="none"), z, grad_output)
         torch.testing.assert_close(*slopes)
 
 

@@ -10,14 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import crossent
+from tests.helpers.slopes import slope
 
 INF, NAN = torch.inf, torch.nan
-
-
-def slope(loss, x, *arguments, **keywords):
-    z = x.detach().clone().requires_grad_()
-    (g,) = torch.autograd.grad(loss(z, *arguments, **keywords).sum(), z)
-    return g
 
 
 def test_confident_rows_keep_their_digits(backend):
@@ -215,19 +210,19 @@ def test_double_softmax_warning_can_be_turned_off(backend, monkeypatch):
 
 
 def test_double_softmax_check_looks_at_few_rows(monkeypatch):
-    from crossent import warn
+    from crossent.problem import warnings
 
     looked_at = []
-    first_rows = warn._first_rows
+    first_rows = warnings._first_rows
 
     def watched(x):
         looked_at.append(first_rows(x))
         return looked_at[-1]
 
-    monkeypatch.setattr(warn, "warn", lambda *_: None)
-    monkeypatch.setattr(warn, "_first_rows", watched)
+    monkeypatch.setattr(warnings, "warn", lambda *_: None)
+    monkeypatch.setattr(warnings, "_first_rows", watched)
     x = torch.softmax(torch.randn(50, 7, 11), -1)
-    warn.warn_if_probabilities(x)
+    warnings.warn_if_probabilities(x)
     assert looked_at[0].shape == (4, 11)
     assert looked_at[0].data_ptr() == x.data_ptr()  # a view, not a copy of a pass
 
@@ -248,8 +243,8 @@ def test_weighted_mean_of_probabilities_divides_by_rows_and_says_so(backend):
     by_rows = crossent.cross_entropy(x, y, w, backend=backend)
     torch.testing.assert_close(by_rows, F.cross_entropy(x, y, w))
     assert not torch.allclose(by_rows, F.cross_entropy(x, t, w))
-    mended = crossent.cross_entropy(x, y, w, denominator=w[t].sum(), backend=backend)
-    torch.testing.assert_close(mended, F.cross_entropy(x, t, w))
+    fixed = crossent.cross_entropy(x, y, w, denominator=w[t].sum(), backend=backend)
+    torch.testing.assert_close(fixed, F.cross_entropy(x, t, w))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad as ad
+from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import crossent
-from conftest import serving
+from tests.helpers.backends import serving
 
 T = torch.tensor([0, 1, -100, 4])
 OPTIONS = {
@@ -265,3 +266,28 @@ def test_fake_tensors_and_export(backend):
         warnings.simplefilter("ignore")
         program = torch.export.export(Head(), (x, t))
     torch.testing.assert_close(program.module()(x, t), F.cross_entropy(x, t))
+
+
+ce, lce = crossent.cross_entropy, crossent.linear_cross_entropy
+TARGET = torch.tensor([0, 2, 1])
+
+
+def test_forward_mode_that_begins_at_backward():
+    x, w = torch.randn(3, 5, requires_grad=True), torch.randn(5, 5)
+    for ours, theirs in (
+        (ce(x, TARGET, reduction="none"), F.cross_entropy(x, TARGET, reduction="none")),
+        (ce(x, TARGET, z_loss=1e-30), F.cross_entropy(x, TARGET)),
+        (ce(x, TARGET), F.cross_entropy(x, TARGET)),
+        (
+            ce(x, TARGET, reduction="none", reuse_input=True),
+            F.cross_entropy(x, TARGET, reduction="none"),
+        ),
+        (crossent.log_prob(x, TARGET), -F.cross_entropy(x, TARGET, reduction="none")),
+        (lce(x, w, TARGET, reduction="sum"), F.cross_entropy(x @ w.T, TARGET, reduction="sum")),
+        (lce(x, w, TARGET, reduction="none"), F.cross_entropy(x @ w.T, TARGET, reduction="none")),
+    ):
+        with ad.dual_level():
+            above = ad.make_dual(torch.ones_like(ours), torch.ones_like(ours) * 2)
+            found = [ad.unpack_dual(grad(v, x, above)[0]) for v in (ours, theirs)]
+            torch.testing.assert_close(found[0].primal, found[1].primal)
+            torch.testing.assert_close(found[0].tangent, found[1].tangent)

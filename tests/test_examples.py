@@ -1,4 +1,4 @@
-"""The demo runs, agrees with PyTorch, and writes what it says."""
+"""The examples run, agree with PyTorch, and write what they say."""
 
 from __future__ import annotations
 
@@ -158,3 +158,31 @@ def test_language_model(tmp_path):
         assert runs[name]["losses"] == pytest.approx(plain, abs=0.05)
     assert (tmp_path / "language-model.png").read_bytes()[:4] == b"\x89PNG"
     assert "test perplexity" in done.stdout
+
+
+def test_lightning_accumulates_exactly():
+    pytest.importorskip("lightning")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(EXAMPLES / "lightning_accumulation.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("step")]
+    assert len(lines) == 4
+    for line in lines:
+        assert float(line[2]) == pytest.approx(float(line[6]), abs=2e-6)
+
+
+def test_a_patched_step_takes_less_memory():
+    pytest.importorskip("transformers")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(EXAMPLES / "huggingface_memory.py"), "--steps", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
+    assert float(lines["patched"][2]) == pytest.approx(float(lines["plain"][2]), rel=1e-5)
+    plain, patched = (int(lines[name][4]) for name in ("plain", "patched"))
+    assert patched < plain / 2

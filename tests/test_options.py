@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from naive import naive_loss
 
 import crossent
-from conftest import serving
+from tests.helpers.naive import naive_loss
 
 
 def random_subsets(count: int):
@@ -57,12 +56,12 @@ def test_combinations(kind, shape, dtype, backend):
         if arguments.get("logit_scale") is True:
             arguments["logit_scale"] = torch.tensor(1.3, dtype=dtype)
         results = []
-        upstream = None
+        grad_output = None
         for loss, more in ((crossent.cross_entropy, {"backend": backend}), (naive_loss, {})):
             z = x.clone().requires_grad_()
             value = loss(z, target, **arguments, **more)
-            upstream = torch.randn_like(value) if upstream is None else upstream
-            (slope,) = torch.autograd.grad(value, z, upstream.to(value.dtype))
+            grad_output = torch.randn_like(value) if grad_output is None else grad_output
+            (slope,) = torch.autograd.grad(value, z, grad_output.to(value.dtype))
             results.append((value.to(dtype), slope))
         tolerance = 1e-11 if dtype == torch.float64 else 2e-5
         for a, b in zip(*results, strict=True):
@@ -133,7 +132,7 @@ def test_shift_is_slicing(shift, kind, backend):
     assert loss.shape == (2, 6)
     assert torch.equal(loss[:, :length], expected)
     assert torch.equal(loss[:, length:], torch.zeros(2, 6 - length))
-    assert stats.counted.sum() == 2 * length
+    assert stats.valid.sum() == 2 * length
     assert (stats.argmax[:, length:] == -1).all()
 
 
@@ -184,16 +183,16 @@ def test_stats_are_those_of_the_scored_logits(backend):
     loss, stats = crossent.cross_entropy(
         x, target, softcap=2.0, logit_scale=1.5, return_stats=True, backend=backend
     )
-    counted = target != -100
+    valid = target != -100
     logp = torch.log_softmax(z, -1)
-    assert torch.equal(stats.counted, counted)
-    torch.testing.assert_close(stats.lse, torch.where(counted, z.logsumexp(-1), 0.0))
+    assert torch.equal(stats.valid, valid)
+    torch.testing.assert_close(stats.lse, torch.where(valid, z.logsumexp(-1), 0.0))
     picked = logp[torch.arange(4), target.clamp(min=0)]
-    torch.testing.assert_close(stats.target_log_prob, torch.where(counted, picked, 0.0))
+    torch.testing.assert_close(stats.target_log_prob, torch.where(valid, picked, 0.0))
     h = -(logp.exp() * logp).sum(-1)
-    torch.testing.assert_close(stats.entropy, torch.where(counted, h, 0.0))
-    assert torch.equal(stats.argmax, torch.where(counted, z.argmax(-1), -1))
-    assert torch.equal(stats.correct, counted & (z.argmax(-1) == target))
+    torch.testing.assert_close(stats.entropy, torch.where(valid, h, 0.0))
+    assert torch.equal(stats.argmax, torch.where(valid, z.argmax(-1), -1))
+    assert torch.equal(stats.correct, valid & (z.argmax(-1) == target))
     assert loss == crossent.cross_entropy(x, target, softcap=2.0, logit_scale=1.5, backend=backend)
 
 
@@ -228,63 +227,10 @@ def test_order_of_maps_is_scale_then_softcap(backend):
     assert not torch.allclose(ours, wrong)
 
 
-def test_log_prob_of_one_and_of_several(backend):
-    x = torch.randn(3, 4, 5, dtype=torch.float64)
-    logp = torch.log_softmax(x, -1)
-    one = torch.randint(0, 5, (3, 4))
-    several = torch.randint(0, 5, (3, 4, 2))
-    ours = crossent.log_prob(x, one, backend=backend)
-    torch.testing.assert_close(ours, logp.gather(-1, one.unsqueeze(-1)).squeeze(-1))
-    torch.testing.assert_close(
-        crossent.log_prob(x, several, backend=serving(backend)), logp.gather(-1, several)
-    )
-    moved = crossent.log_prob(
-        x.movedim(-1, 1), several.movedim(-1, 1), dim=1, backend=serving(backend)
-    )
-    torch.testing.assert_close(moved, logp.gather(-1, several).movedim(-1, 1))
-
-
-def test_log_prob_skips_ignored(backend):
-    x = torch.randn(3, 5)
-    x[1] = torch.nan
-    x.requires_grad_()
-    ours = crossent.log_prob(x, torch.tensor([0, -100, 2]), backend=backend)
-    assert ours[1] == 0
-    ours.sum().backward()
-    assert torch.equal(x.grad[1], torch.zeros(5))
-    assert x.grad.isfinite().all()
-
-
-def test_entropy_has_its_ends_and_gradient(backend):
-    x = torch.tensor([[0.0, -torch.inf, -torch.inf], [1.0, 1.0, 1.0], [60.0, 0.0, 0.0]])
-    ours = crossent.entropy(x.double(), backend=serving(backend))
-    tiny = 2 * torch.exp(torch.tensor(-60.0).double()) * 61
-    expected = torch.stack([torch.tensor(0.0), torch.tensor(3.0).log(), tiny]).double()
-    torch.testing.assert_close(ours[:1], expected[:1], rtol=0, atol=0)
-    torch.testing.assert_close(ours[1:], expected[1:], rtol=1e-7, atol=0)
-    z = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    (a,) = torch.autograd.grad(crossent.entropy(z, backend=serving(backend)).sum(), z)
-    p = torch.softmax(z, -1)
-    (b,) = torch.autograd.grad(-(p * p.log()).sum(), z)
-    torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_log_prob_and_entropy_take_the_maps(softcap, scale, backend):
-    x, index = torch.randn(3, 5), torch.tensor([0, 1, 2])
-    z = x * scale if softcap is None else softcap * torch.tanh(x * scale / softcap)
-    maps = dict(softcap=softcap, logit_scale=scale)
-    ours = crossent.log_prob(x, index, backend=backend, **maps)
-    torch.testing.assert_close(ours, crossent.log_prob(z, index))
-    ours = crossent.entropy(x, backend=serving(backend), **maps)
-    torch.testing.assert_close(ours, crossent.entropy(z))
-
-
 def test_every_option_is_in_signature_options_and_types():
     import inspect
 
-    from crossent.options import LossArguments, Options
+    from crossent.problem.options import LossArguments, Options
 
     tensors = {"input", "target", "weight", "sample_weight", "denominator"}
     signature = set(inspect.signature(crossent.cross_entropy).parameters)
@@ -293,9 +239,21 @@ def test_every_option_is_in_signature_options_and_types():
     assert types | {"input", "target", "weight", "return_stats"} == signature
 
 
-def test_backend_for_says_why():
-    x, t = torch.zeros(2, 3), torch.tensor([0, 1])
-    choice = crossent.backend_for(x, t)
-    assert choice.name in {"reference", "cpu", "triton"}
-    assert choice.reason
-    assert crossent.backend_for(x, t, backend="reference", shift=0).name == "reference"
+@pytest.mark.parametrize("shift", [1, 5, 6, 9])
+def test_shift_up_to_and_over_the_length(shift, backend):
+    x, t = torch.randn(2, 6, 5), torch.randint(0, 5, (2, 6))
+    y = torch.softmax(torch.randn(2, 6, 5), -1)
+    s = torch.rand(2, 6)
+    left = max(6 - shift, 0)
+    for target in (t, y):
+        loss = crossent.cross_entropy(
+            x, target, dim=-1, shift=shift, sample_weight=s, reduction="sum", backend=backend
+        )
+        expected = crossent.cross_entropy(
+            x[:, :left], target[:, shift:], dim=-1, sample_weight=s[:, shift:], reduction="sum",
+            backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(loss, expected)
+    one = crossent.cross_entropy(x[0], t[0], dim=-1, shift=shift, reduction="none", backend=backend)
+    assert one.shape == (6,)
+    assert (one[left:] == 0).all()

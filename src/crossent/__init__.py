@@ -11,8 +11,12 @@ tensor([[-0.0596,  0.0596],
 import importlib
 from types import ModuleType
 
-from .backends import BackendError, Choice
-from .calculus import (
+from .backends.dispatch import BackendError, Choice
+from .backends.results import Stats
+from .functional import backend_for, cross_entropy, entropy, log_prob
+from .head.functional import linear_cross_entropy
+from .head.row_values import linear_entropy, linear_log_prob
+from .learn.calculus import (
     gradient,
     hessian,
     likelihood,
@@ -21,16 +25,12 @@ from .calculus import (
     softmax,
     softmax_jacobian,
 )
-from .functional import backend_for, cross_entropy, entropy, log_prob
 from .learn.playground import Playground, playground
 from .learn.steps import Steps, steps
-from .linear import linear_cross_entropy
-from .linear_rows import linear_entropy, linear_log_prob
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from .patching import patch
-from .report import Explanation, Suspect, explain
-from .rows import Stats
-from .warn import ClassAxisWarning, CrossentWarning, DoubleSoftmaxWarning
+from .problem.warnings import ClassAxisWarning, CrossentWarning, DoubleSoftmaxWarning
+from .report import Explanation, Finding, explain
 
 __version__ = "0.1.0"
 
@@ -45,11 +45,11 @@ __all__ = [
     "CrossentWarning",
     "DoubleSoftmaxWarning",
     "Explanation",
+    "Finding",
     "LinearCrossEntropyLoss",
     "Playground",
     "Stats",
     "Steps",
-    "Suspect",
     "backend_for",
     "cross_entropy",
     "entropy",
@@ -71,11 +71,11 @@ __all__ = [
     "warn_double_softmax",
 ]
 
-_WHEN_USED = ("integrations", "lazy", "metrics", "testing")
+_WHEN_USED = ("integrations", "testing")
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Parts that only some need are imported when they are used: ``crossent.metrics.log_loss``."""
+    """Parts that only some need are imported when they are used: ``crossent.testing.budget``."""
     if name in _WHEN_USED:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

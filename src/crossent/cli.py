@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from .options import Backend
+    from .problem.options import Backend
     from .report import Explanation
     from .testing import Errors, RowLoss
 
@@ -29,8 +29,8 @@ def main() -> None:
 @main.command()
 def note() -> None:
     """Print the note's example, step by step, beside PyTorch's value for each step."""
-    from .learn.note import note as example
-    from .learn.steps_view import as_table, number
+    from .learn.rendering import as_table, number
+    from .learn.walkthrough import note as example
 
     steps = example()
     console = _console()
@@ -109,7 +109,7 @@ def explain(
     LOGITS (N, V) or (B, T, V) and TARGET are .npy, .npz, .csv, .parquet, .safetensors or .pt files;
     without TARGET, a .npz file holds both. Exits with 2 for bad input.
     """
-    from .data import DataError, has, load, names
+    from .report.files import DataError, has, load, names
 
     try:
         if target is None and not has(logits, "target"):
@@ -124,7 +124,7 @@ def explain(
     _write(json_path, why.to_json(top) if json_path else "")
     if "-" in (str(json_path), str(html_path)):
         return
-    from .report.terminal import as_renderable
+    from .report.text import as_renderable
 
     _console().print(as_renderable(why, top))
 

@@ -1,33 +1,29 @@
 """The public functions: logits go in, loss comes out.
 
-problem = pose(...)          checked once, flattened to rows as a view
-rows    = backends.rows      one loss for each row
+problem = prepare(...)          checked once, flattened to rows as a view
+rows    = dispatch.rows      one loss for each row
 reduce(...)                  none, sum, mean
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import backends
-from .backends import Choice
-from .options import Backend, Empty, Options, Reduction
-from .overrides import ask
-from .problem import Problem, pose, pose_logits, pose_selection
-from .reduction import reduce, settle
-from .rows import Stats, lengthen
-from .torch_internals import readable
-from .warn import warn_if_probabilities
+from .backends import dispatch
+from .backends.dispatch import Choice
+from .backends.results import Stats
+from .backends.subclasses import ask
+from .problem.options import Backend, Empty, Options, Reduction
+from .problem.preparation import prepare, prepare_logits, prepare_selection
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import LossArguments
+    from .problem.options import LossArguments
 
 
 @overload
@@ -93,21 +89,21 @@ def cross_entropy(
             computed in float32. -inf masks a class.
         target: class indices of any integer dtype, the shape of input without the class axis; or
             class probabilities, floating point, the shape of input.
-        weight: one factor a class (V,), any floating dtype.
+        weight: one weight per class (V,), any floating dtype.
         ignore_index: rows with this target cost nothing, have a gradient of exactly zero, and may
             hold inf or nan. For class indices only.
         reduction: "none", "sum" or "mean". The mean divides by sum(sample_weight * weight[target])
-            over the counted rows for class indices, by sum(sample_weight) for probabilities.
+            over the valid rows for class indices, by sum(sample_weight) for probabilities.
         label_smoothing: epsilon in [0, 1]; the target becomes (1 - epsilon) y + epsilon / V, spread
             over the classes that are not masked with -inf.
         dim: class axis; None is torch's rule (axis 1, or 0 when unbatched).
-        sample_weight: one factor a row, the shape of index targets.
+        sample_weight: one weight per row, the shape of index targets.
         denominator: a number or 0-d tensor that divides the sum of the rows; reduction is then
             ignored. Under gradient accumulation: the number of items in the whole batch.
         shift: row i is scored against target i + shift (with that target's sample weight), on
             logits (..., T, V) with ``dim=-1``; the last ``shift`` rows have no target. What
             ``input[..., :-1, :]`` with ``target[..., 1:]`` gives, without the copy.
-        z_loss: adds z_loss * lse**2 to each counted row; not scaled by the class weights (PaLM).
+        z_loss: adds z_loss * lse**2 to each valid row; not scaled by the class weights (PaLM).
         softcap: the logits become softcap * tanh(logits / softcap), after the scale (Gemma 2).
         logit_scale: the logits are multiplied by this number or 0-d tensor first (1 / temperature).
         empty: the mean over nothing at all: "nan" as torch, "zero", or "raise" a ValueError. The
@@ -143,36 +139,25 @@ def cross_entropy(
         IMA J. Numer. Anal. 41 (2021). Chowdhery et al., "PaLM" (2022), section 5, for z_loss.
     """
     options = Options(
-        ignore_index,
-        reduction,
-        label_smoothing,
-        dim,
-        shift,
-        z_loss,
-        softcap,
-        logit_scale,
-        empty,
-        return_dtype,
-        return_stats,
-        reuse_input,
-        backend,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        dim=dim,
+        shift=shift,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        empty=empty,
+        return_dtype=return_dtype,
+        return_stats=return_stats,
+        reuse_input=reuse_input,
+        backend=backend,
     )
     tensors = (input, target, weight, sample_weight)
     if has_torch_function_variadic(*tensors):
         keywords = dict(options._asdict(), sample_weight=sample_weight, denominator=denominator)
         return cast("Tensor", ask(cross_entropy, tensors, tensors[:3], keywords))
-    if weight is sample_weight is denominator is None and options.plain:
-        by_reference = functools.partial(
-            cross_entropy, ignore_index=ignore_index, reduction=reduction, backend="reference"
-        )
-        small = backends.small.reduced(
-            input, target, ignore_index, reduction == "mean", by_reference
-        )
-        if small is not None:
-            return small
-    problem = pose(input, target, weight, sample_weight, denominator, options)
-    warn_if_probabilities(problem.logits.rows)
-    return _scored(problem, denominator)
+    return dispatch.loss(input, target, weight, sample_weight, denominator, options)
 
 
 def log_prob(
@@ -223,8 +208,8 @@ def log_prob(
     )
     if has_torch_function_variadic(input, index):
         return cast("Tensor", ask(log_prob, (input, index), (input, index), options._asdict()))
-    selection = pose_selection(input, index, options)
-    values = backends.log_prob(selection).to(selection.logits.result_dtype)
+    selection = prepare_selection(input, index, options)
+    values = dispatch.log_prob(selection).to(selection.logits.result_dtype)
     return values.squeeze(-1) if selection.single else values.movedim(-1, dim)
 
 
@@ -270,8 +255,8 @@ def entropy(
     )
     if has_torch_function_variadic(input):
         return cast("Tensor", ask(entropy, (input,), (input,), options._asdict()))
-    logits = pose_logits(input, options)
-    return backends.entropy(logits).to(logits.result_dtype)
+    logits = prepare_logits(input, options)
+    return dispatch.entropy(logits).to(logits.result_dtype)
 
 
 def backend_for(
@@ -300,30 +285,4 @@ def backend_for(
     sample_weight = arguments.pop("sample_weight", None)
     denominator = arguments.pop("denominator", None)
     options = Options(return_stats=return_stats, **cast("dict[str, Any]", arguments))
-    return backends.choose(pose(input, target, weight, sample_weight, denominator, options))
-
-
-def _scored(problem: Problem, denominator: float | Tensor | None) -> Tensor | tuple[Tensor, Stats]:
-    """The loss of a problem; ``(loss, Stats)`` where they are asked for."""
-    options = problem.options
-    reduction, empty = options.reduction, options.empty
-    if _settles(denominator, options):
-        total = backends.total(
-            problem, lambda loss, mass: settle(loss, mass, reduction, denominator, empty)
-        )
-        if total is not None:
-            return total
-    rows = backends.rows(problem)
-    loss = reduce(rows.loss, rows.mass, reduction, denominator, empty).to(
-        problem.logits.result_dtype
-    )
-    return lengthen(loss, rows.stats, problem.cut)
-
-
-def _settles(denominator: float | Tensor | None, options: Options) -> bool:
-    """Whether sums are all that is wanted of the rows, and what divides them is a number."""
-    if options.return_stats:
-        return False
-    if isinstance(denominator, Tensor):
-        return readable(denominator) and not denominator.requires_grad
-    return denominator is not None or options.reduction != "none"
+    return dispatch.choose(prepare(input, target, weight, sample_weight, denominator, options))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .functional import cross_entropy
-from .linear import linear_cross_entropy
-from .options import Options, Reduction
+from .head.functional import linear_cross_entropy
+from .problem.options import Options, Reduction
 
 _TORCHS = ("ignore_index", "reduction", "label_smoothing")
 _HEADS = ("chunk_rows", "gradient_tolerance", "gradient_mode")
@@ -129,7 +129,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         super().__init__()
         if weight is not None and weight.shape != (num_classes,):
             raise ValueError(
-                f"weight: expected shape ({num_classes},), one factor a class, got "
+                f"weight: expected shape ({num_classes},), one weight per class, got "
                 f"{tuple(weight.shape)}"
             )
         self.weight: Tensor | None

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends.reduction import legacy_reduction
 from .functional import cross_entropy as _ours
-from .options import Reduction
-from .reduction import legacy_reduction
+from .problem.options import Reduction
 
 _torchs: Callable[..., Tensor] = F.cross_entropy  # what stands there when no patch is active
 

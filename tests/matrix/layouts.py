@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from naive import rounded
 from torch import Tensor
+
+from tests.helpers.naive import rounded
 
 KINDS = ("transposed", "step", "offset", "negative", "conjugate", "intermediate")
 

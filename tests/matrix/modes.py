@@ -48,26 +48,26 @@ def twice(s: System) -> Numbers:
 
 
 def negative(s: System) -> Numbers:
-    """A negative upstream of another size, by loss.backward()."""
+    """A negative grad_output of another size, by loss.backward()."""
     value = s.value()
-    upstream = torch.full_like(value, -2.5)
+    grad_output = torch.full_like(value, -2.5)
     if value.requires_grad:
-        value.backward(upstream)
+        value.backward(grad_output)
     return s.named("slope", [torch.zeros_like(t) if t.grad is None else t.grad for t in s.inputs])
 
 
 def infinite(s: System) -> Numbers:
-    """An infinite upstream of rows that are ignored: their gradient stays exactly zero."""
+    """An infinite grad_output of rows that are ignored: their gradient stays exactly zero."""
     gone, arguments = s.cell.ignored, s.cell.build(s.leaves)
     x = arguments["input"] = arguments["input"].detach().clone().requires_grad_()
     value = s.with_arguments(arguments)
     if gone is None:
         return {}
     if value.shape == gone.shape:
-        upstream = s.direction("upstream", value).masked_fill(gone, torch.inf)
+        grad_output = s.direction("upstream", value).masked_fill(gone, torch.inf)
     else:
-        upstream = torch.full_like(value, torch.inf)
-    g = torch.autograd.grad(value, x, upstream)[0] if value.requires_grad else x * 0
+        grad_output = torch.full_like(value, torch.inf)
+    g = torch.autograd.grad(value, x, grad_output)[0] if value.requires_grad else x * 0
     axis = -1 if s.cell.function.head else s.cell.axis
     g = g.movedim(axis, -1)
     return {"ignored slope": g[gone]} if value.shape != gone.shape else {"slope input": g}
@@ -131,14 +131,14 @@ def shared_in_checkpoint(s: System) -> Numbers:
     if not s.ours:
         return shared(s)
     total = checkpoint(lambda: _with_consumers(s), use_reentrant=False)
-    slopes = s.slopes(total, upstream=torch.ones_like(total))
+    slopes = s.slopes(total, grad_output=torch.ones_like(total))
     return {"all value": total, **s.named("all slope", slopes)}
 
 
 def shared(s: System) -> Numbers:
     """Other consumers of the same tensors, before and after."""
     total = _with_consumers(s)
-    slopes = s.slopes(total, upstream=torch.ones_like(total))
+    slopes = s.slopes(total, grad_output=torch.ones_like(total))
     return {"all value": total, **s.named("all slope", slopes)}
 
 
@@ -173,7 +173,7 @@ def hooked(order: int) -> Callable[[System], Numbers]:
         numbers["calls"] = torch.tensor(len(calls))
         if order > 1:
             mixed = sum((g * s.direction(n, g)).sum() for n, g in zip(s.wrt, slopes, strict=True))
-            numbers |= s.named("slope 2", s.slopes(mixed, upstream=torch.ones_like(mixed)))
+            numbers |= s.named("slope 2", s.slopes(mixed, grad_output=torch.ones_like(mixed)))
         return numbers
 
     return run
@@ -199,13 +199,13 @@ def accumulated(s: System) -> Numbers:
     value = s.value()
     if not value.requires_grad:
         return {"value": value, **s.named("slope", s.slopes(value))}
-    upstream = s.direction("upstream", value)
-    value.backward(upstream, retain_graph=True)
+    grad_output = s.direction("upstream", value)
+    value.backward(grad_output, retain_graph=True)
     with torch.no_grad():
         for t in s.inputs:
             if t.grad is not None:
                 t.grad.fill_(0.0)
-    value.backward(upstream)
+    value.backward(grad_output)
     slopes = [torch.zeros_like(t) if t.grad is None else t.grad for t in s.inputs]
     return {"value": value, **s.named("slope", slopes)}
 
@@ -251,8 +251,8 @@ _FULL = Limits(halves=False)  # gradients of halves are rounded where consumers 
 
 EAGER = {
     "plain": Mode(plain, plain),
-    "negative upstream": Mode(negative, negative),
-    "infinite upstream": Mode(infinite, infinite, families=("loss", "log_prob")),
+    "negative grad_output": Mode(negative, negative),
+    "infinite grad_output": Mode(infinite, infinite, families=("loss", "log_prob")),
     "no_grad": Mode(without_gradient, value_only),
     "inference_mode": Mode(inference, value_only),
     "autocast": Mode(autocast, autocast, families=("loss", "log_prob", "entropy")),

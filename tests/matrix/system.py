@@ -12,9 +12,10 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import naive
 import torch
 from torch import Tensor
+
+from tests.helpers import naive
 
 from .cells import EPS, Cell, Limits
 
@@ -55,7 +56,7 @@ class System:
         out = function(**arguments, **self.cell.options, **self.cell.how)
         if isinstance(out, tuple):
             value, stats = out
-            names = ("lse", "target_log_prob", "entropy", "argmax", "correct", "counted")
+            names = ("lse", "target_log_prob", "entropy", "argmax", "correct", "valid")
             return value, dict(zip(names, stats, strict=True))
         return out, {}
 
@@ -82,9 +83,9 @@ class System:
         """Gradients by each input; zeros where one does not take part."""
         if not value.requires_grad or not self.wrt:
             return [torch.zeros_like(t) for t in self.inputs]
-        upstream = how.pop("upstream", None)
-        upstream = self.direction("upstream", value) if upstream is None else upstream
-        slopes = torch.autograd.grad(value, self.inputs, upstream, allow_unused=True, **how)
+        grad_output = how.pop("grad_output", None)
+        grad_output = self.direction("upstream", value) if grad_output is None else grad_output
+        slopes = torch.autograd.grad(value, self.inputs, grad_output, allow_unused=True, **how)
         return [
             torch.zeros_like(t) if g is None else g
             for t, g in zip(self.inputs, slopes, strict=True)

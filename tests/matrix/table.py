@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
-import naive
 import torch
 import torch.nn.functional as F
 
 import crossent
+from tests.helpers import naive
 
 
 class Function(NamedTuple):
@@ -223,7 +223,7 @@ REFUSED = [
     Refusal({"denominator": torch.tensor(-1.0)}, ValueError, "denominator", "as a number", _L),
     Refusal({"denominator": torch.tensor(torch.nan)}, ValueError, "denominator", "a count", _L),
     Refusal({"denominator": torch.ones(2)}, ValueError, "denominator", "one for all", _L),
-    Refusal({"weight": torch.ones(99)}, ValueError, "weight", "one factor a class", _L),
+    Refusal({"weight": torch.ones(99)}, ValueError, "weight", "one weight per class", _L),
     Refusal({"sample_weight": torch.ones(99)}, ValueError, "sample_weight", "one a row", _L),
     Refusal({"gradient_tolerance": -0.1}, ValueError, "gradient_tolerance", "a bound", _L),
     Refusal({"gradient_mode": "exact"}, ValueError, "gradient_mode", "no such mode", _L),

@@ -112,8 +112,8 @@ def test_export_with_a_dynamic_batch(name, kind):
     [
         (name, argument)
         for name in SIX
-        for argument in ("input", "linear_weight", "sample_weight", "upstream")
-        if argument == "upstream" or FUNCTIONS[name].takes(argument)
+        for argument in ("input", "linear_weight", "sample_weight", "grad_output")
+        if argument == "grad_output" or FUNCTIONS[name].takes(argument)
     ],
 )
 def test_zero_tensors(name, argument):
@@ -125,9 +125,9 @@ def test_zero_tensors(name, argument):
         def zeros(t):
             return torch._efficientzerotensor(t.shape, dtype=t.dtype) if s.ours else t * 0
 
-        if argument == "upstream":
+        if argument == "grad_output":
             value = s.value()
-            return s.named("slope", s.slopes(value, upstream=zeros(value.detach())))
+            return s.named("slope", s.slopes(value, grad_output=zeros(value.detach())))
         s.leaves[argument] = zeros(s.leaves[argument].detach())
         s.wrt = [n for n in s.wrt if n != argument]
         value = s.value()

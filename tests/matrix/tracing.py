@@ -48,8 +48,10 @@ def _by_autograd(s: System) -> Callable[..., tuple[Tensor, ...]]:
         for n in s.wrt:
             given[n] = given[n].detach().requires_grad_()
         value = s.value(given)
-        upstream = s.direction("upstream", value)
-        slopes = torch.autograd.grad(value, [given[n] for n in s.wrt], upstream, allow_unused=True)
+        grad_output = s.direction("upstream", value)
+        slopes = torch.autograd.grad(
+            value, [given[n] for n in s.wrt], grad_output, allow_unused=True
+        )
         pairs = zip(s.wrt, slopes, strict=True)
         return (value, *(torch.zeros_like(given[n]) if g is None else g for n, g in pairs))
 
@@ -126,8 +128,8 @@ def wrapped(s: System) -> Numbers:
     slopes = [torch.zeros_like(t) for t in s.inputs]
     if value.requires_grad:
         up = s.direction("upstream", value.a)
-        upstream = TwoTensor(up, up.clone())
-        slopes = list(torch.autograd.grad(value, s.inputs, upstream, materialize_grads=True))
+        grad_output = TwoTensor(up, up.clone())
+        slopes = list(torch.autograd.grad(value, s.inputs, grad_output, materialize_grads=True))
     numbers = {"value": value, **s.named("slope", slopes)}
     for n, t in numbers.items():
         assert torch.equal(t.a.nan_to_num(7), t.b.nan_to_num(7)), f"{n}: the two differ"
@@ -164,8 +166,8 @@ def _on_their_device(s: System) -> Numbers:
     value, stats = s.outputs()
     slopes = [torch.zeros_like(t) for t in s.inputs]
     if value.requires_grad:
-        upstream = torch.ones_like(value)
-        slopes = list(torch.autograd.grad(value, s.inputs, upstream, materialize_grads=True))
+        grad_output = torch.ones_like(value)
+        slopes = list(torch.autograd.grad(value, s.inputs, grad_output, materialize_grads=True))
     return {"value": value, **stats, **s.named("slope", slopes)}
 
 

@@ -55,7 +55,7 @@ def per_sample_loop(s: System) -> Numbers:
             s.leaves[n] = t.requires_grad_()
         value = s.value()
         values.append(value)
-        slopes.append(s.slopes(value, upstream=torch.ones_like(value)))
+        slopes.append(s.slopes(value, grad_output=torch.ones_like(value)))
     return {
         "value": torch.stack(values),
         **s.named("slope", [torch.stack(g) for g in zip(*slopes, strict=True)]),
@@ -65,14 +65,16 @@ def per_sample_loop(s: System) -> Numbers:
 def batched(s: System) -> Numbers:
     value = s.value()
     factors = torch.tensor([1.0, -2.0, 0.5], dtype=value.dtype).reshape(-1, *[1] * value.dim())
-    upstream = factors * s.direction("upstream", value)
-    return s.named("slope", s.slopes(value, upstream=upstream, is_grads_batched=True))
+    grad_output = factors * s.direction("upstream", value)
+    return s.named("slope", s.slopes(value, grad_output=grad_output, is_grads_batched=True))
 
 
 def batched_loop(s: System) -> Numbers:
     value = s.value()
-    upstream = s.direction("upstream", value)
-    slopes = [s.slopes(value, upstream=f * upstream, retain_graph=True) for f in (1.0, -2.0, 0.5)]
+    grad_output = s.direction("upstream", value)
+    slopes = [
+        s.slopes(value, grad_output=f * grad_output, retain_graph=True) for f in (1.0, -2.0, 0.5)
+    ]
     return s.named("slope", [torch.stack(g) for g in zip(*slopes, strict=True)])
 
 

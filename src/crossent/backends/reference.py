@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arithmetic import RowSummary, expected_nll, nll, row_entropy, soft_cap, summarise, times
-from ..derivatives import RowMap, by_blocks, rows_at_once
-from ..problem import BY_ROW
-from ..rows import Rows, Stats
+from ..problem.rows import BY_ROW
+from .derivatives import RowMap, by_blocks, rows_at_once
+from .numerics import RowSummary, expected_nll, nll, row_entropy, soft_cap, summarise, times
+from .results import Rows, Stats
 
 if TYPE_CHECKING:
-    from ..problem import Logits, Problem, Selection
+    from ..problem.rows import Logits, Problem, Selection
 
 
 def rows(problem: Problem) -> Rows:
-    """The loss of each row, its mass, and statistics where they are asked for."""
-    options, dtype, counted = problem.options, problem.logits.dtype, problem.counted()
-    z = map_logits(problem.logits, read=counted if problem.may_ignore else None)
+    """Of each row the loss, its weight in the denominator, and statistics if asked for."""
+    options, dtype, valid = problem.options, problem.logits.dtype, problem.valid()
+    z = map_logits(problem.logits, read=valid if problem.may_ignore else None)
     row = summarise(z)
     weight = None if problem.weight is None else problem.weight.to(dtype)
     if problem.by_index:
-        target = _classes(problem, counted)
+        target = _classes(problem, valid)
         plain = nll(z, row, target)
         loss = _index_loss(z, row, target, plain, weight, options.label_smoothing)
     else:
@@ -41,23 +41,23 @@ def rows(problem: Problem) -> Rows:
     if problem.sample_weight is not None:
         loss = times(problem.sample_weight.to(dtype), loss)
     if not problem.in_range:  # nan stands for the IndexError that could not be raised
-        loss = loss.masked_fill(counted & (problem.target != target), torch.nan)
+        loss = loss.masked_fill(valid & (problem.target != target), torch.nan)
     if problem.by_index:
-        loss = torch.where(counted, loss, 0.0)
-    stats = _statistics(z, row, target, plain, counted) if options.return_stats else None
-    return Rows(loss, mass(problem), stats)
+        loss = torch.where(valid, loss, 0.0)
+    stats = _statistics(z, row, target, plain, valid) if options.return_stats else None
+    return Rows(loss, denominator_weight(problem), stats)
 
 
-def mass(problem: Problem) -> Tensor:
+def denominator_weight(problem: Problem) -> Tensor:
     """What each row adds to the mean's denominator."""
-    counted, dtype = problem.counted(), problem.logits.dtype
+    valid, dtype = problem.valid(), problem.logits.dtype
     if problem.weight is None or not problem.by_index:
-        mass = torch.ones(counted.shape, dtype=dtype, device=counted.device)
+        found = torch.ones(valid.shape, dtype=dtype, device=valid.device)
     else:
-        mass = _weight_of(_classes(problem, counted), problem.weight.to(dtype))
+        found = _weight_of(_classes(problem, valid), problem.weight.to(dtype))
     if problem.sample_weight is not None:
-        mass = mass * problem.sample_weight.to(dtype)
-    return torch.where(counted, mass, 0.0) if problem.by_index else mass
+        found = found * problem.sample_weight.to(dtype)
+    return torch.where(valid, found, 0.0) if problem.by_index else found
 
 
 def served(problem: Problem) -> Rows:
@@ -68,7 +68,7 @@ def served(problem: Problem) -> Rows:
     weight, scale = (None if t is None else t.to(dtype) for t in (weight, scale))
     found = by_blocks(function, problem.logits.rows, target, sample_weight, weight, scale)
     loss, *stats = found
-    return Rows(loss, mass(problem), Stats(*stats) if stats else None)
+    return Rows(loss, denominator_weight(problem), Stats(*stats) if stats else None)
 
 
 def row_map(problem: Problem) -> RowMap:
@@ -86,7 +86,7 @@ def row_map(problem: Problem) -> RowMap:
     return RowMap(call, (True, *BY_ROW), like.dim() - 1, block, core=core)
 
 
-def standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def target_rank(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row (n, V): the target's rank, the best of the other classes, and its logit."""
     classes = logits.shape[-1]
     unknown = (target < 0) | (target >= classes)
@@ -97,14 +97,14 @@ def standing(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     own = logits.gather(-1, index)
     others = others.scatter(-1, index, -torch.inf)
     rank = (others > own).sum(-1) + 1
-    best, rival = others.max(-1)
+    best, runner_up = others.max(-1)
     # Where nothing else is above -inf, the first class may be the target itself: the next one then.
-    rival = rival + (rival == index.squeeze(-1))
+    runner_up = runner_up + (runner_up == index.squeeze(-1))
     if classes == 1:
-        rival = torch.full_like(rival, -1)
-    blanks = ((rank, 0), (rival, -1), (best, 0))
-    rank, rival, best = (values.masked_fill(unknown, blank) for values, blank in blanks)
-    return rank, rival, best
+        runner_up = torch.full_like(runner_up, -1)
+    fill_values = ((rank, 0), (runner_up, -1), (best, 0))
+    rank, runner_up, best = (values.masked_fill(unknown, blank) for values, blank in fill_values)
+    return rank, runner_up, best
 
 
 def log_prob(selection: Selection) -> Tensor:
@@ -170,9 +170,9 @@ def map_logits(logits: Logits, read: Tensor | None = None) -> Tensor:
     return z if options.softcap is None else soft_cap(z, options.softcap)
 
 
-def _classes(problem: Problem, counted: Tensor) -> Tensor:
+def _classes(problem: Problem, valid: Tensor) -> Tensor:
     """Targets that are classes, whatever stands in rows that have none."""
-    target = problem.target.masked_fill(~counted, 0)
+    target = problem.target.masked_fill(~valid, 0)
     return target if problem.in_range else target.clamp(0, problem.logits.rows.shape[-1] - 1)
 
 
@@ -213,15 +213,13 @@ def _uniform(z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _statistics(
-    z: Tensor, row: RowSummary, target: Tensor, plain: Tensor, counted: Tensor
-) -> Stats:
+def _statistics(z: Tensor, row: RowSummary, target: Tensor, plain: Tensor, valid: Tensor) -> Stats:
     label = target.argmax(-1) if target.is_floating_point() else target
     return Stats(
-        lse=torch.where(counted, row.lse.detach(), 0.0),
-        target_log_prob=torch.where(counted, -plain.detach(), 0.0),
-        entropy=torch.where(counted, row_entropy(z.detach(), row).detach(), 0.0),
-        argmax=torch.where(counted, row.top, -1),
-        correct=(row.top == label) & counted,
-        counted=counted,
+        lse=torch.where(valid, row.lse.detach(), 0.0),
+        target_log_prob=torch.where(valid, -plain.detach(), 0.0),
+        entropy=torch.where(valid, row_entropy(z.detach(), row).detach(), 0.0),
+        argmax=torch.where(valid, row.top, -1),
+        correct=(row.top == label) & valid,
+        valid=valid,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_PARTS = ("fastai", "huggingface", "torchmetrics")
+_PARTS = ("fastai", "huggingface", "sklearn", "torchmetrics")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -13,7 +13,7 @@ import torch
 from fastai.callback.core import Callback
 from torch import Tensor
 
-from ..calculus import softmax
+from ..learn.calculus import softmax
 from ..modules import CrossEntropyLoss
 from ..report import Explanation, explain
 

@@ -3,7 +3,7 @@
     with crossent.integrations.huggingface.patch(model):
         trainer.train()
 
-The output head's logits become lazy while the model trains (:mod:`crossent.lazy`), so that the
+The output head's logits become lazy while the model trains (:mod:`crossent.head.lazy`), so that the
 model's own loss, whatever it does to them on the way, meets :func:`crossent.linear_cross_entropy`.
 In evaluation and generation, and for whoever looks at them, they are what they were.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import cross_entropy, entropy, log_prob
-from ..lazy import LazyLinear
+from ..head.lazy import LazyLinear
 from ..patching import patch as patched_loss
 
 _LOSS = "_loss_function"  # where transformers keeps a loss that was set

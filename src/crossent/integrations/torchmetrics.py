@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
-from .. import backends
-from ..arrays import check_plain, check_values
+from ..backends import dispatch
 from ..functional import cross_entropy
-from ..options import Options
-from ..problem import pose
+from ..problem.arrays import check_plain, check_values
+from ..problem.options import Options
+from ..problem.preparation import prepare
 from ..report.calibration import Bins, binned
 
 
@@ -74,7 +74,7 @@ class CrossEntropy(_Sums):
     r"""Mean cross-entropy in nats over all rows seen, :math:`\sum_i \ell_i / \sum_i w_i`.
 
     Args:
-        weight: one factor a class (V,).
+        weight: one weight per class (V,).
         dim: class axis; the default is right for (N, V) and (batch, time, vocab).
         options: ``ignore_index``, ``label_smoothing``, ``shift``, ``z_loss``, ``softcap``,
             ``logit_scale`` of :func:`crossent.cross_entropy`.
@@ -110,9 +110,9 @@ class CrossEntropy(_Sums):
     @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add the rows of a batch."""
-        rows = backends.rows(pose(logits, target, self.weight, None, None, self.options))
+        rows = dispatch.rows(prepare(logits, target, self.weight, None, None, self.options))
         self._grow("total", rows.loss.double().sum())
-        self._grow("mass", rows.mass.double().sum())
+        self._grow("mass", rows.denominator_weight.double().sum())
 
     def compute(self) -> Tensor:
         """The mean; nan where nothing counts."""
@@ -163,7 +163,7 @@ class CalibrationError(_Sums):
             return_dtype=dtype,
             return_stats=True,
         )
-        known = stats.counted & loss.isfinite()
+        known = stats.valid & loss.isfinite()
         confidence = (logits.amax(self.dim).to(dtype) - stats.lse).exp()[known]
         for name, sums in binned(confidence, stats.correct[known], self.bins)._asdict().items():
             self._grow(name, sums)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..pages import framed, page
+from ..pages.html import framed, page
 
 _LEAST, _MOST = 3, 10  # classes
 _HEIGHT = 1150  # pixels of a frame in a notebook

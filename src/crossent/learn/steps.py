@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import calculus
 from ..functional import cross_entropy
+from . import calculus
 
 
 class Step(NamedTuple):
@@ -105,12 +105,12 @@ class Steps:
         return min(candidates, key=lambda c: c.max_difference)
 
     def __str__(self) -> str:
-        from .steps_view import as_text
+        from .rendering import as_text
 
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        from .steps_view import as_html
+        from .rendering import as_html
 
         return as_html(self)
 

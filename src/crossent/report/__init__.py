@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..warn import CrossentWarning
-from .diagnose import Suspect, suspects
+from ..problem.warnings import CrossentWarning
+from .diagnose import Finding, findings
 from .explanation import Explanation
-from .measure import Source, measure
+from .row_stats import Source, measure
 from .tables import Tokens
 
-__all__ = ["Explanation", "Suspect", "explain"]
+__all__ = ["Explanation", "Finding", "explain"]
 
 
 def explain(
@@ -67,9 +67,9 @@ def explain(
     _check_names("ids", ids, source.shape[0], "one name for each entry of the first axis")
     _check_tokens(tokens, source)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CrossentWarning)  # a suspect says it better
+        warnings.simplefilter("ignore", CrossentWarning)  # a finding says it better
         rows = measure(source, progress)
-        found = suspects(rows, source)
+        found = findings(rows, source)
     return Explanation.of(rows, source, found, classes, ids, tokens, class_prior)
 
 

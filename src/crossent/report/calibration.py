@@ -1,4 +1,4 @@
-"""Whether a model is as sure as it is right, and the temperature that would mend it."""
+"""Whether a model is as sure as it is right, and the temperature that would fix it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..functional import cross_entropy
-from .measure import Rows, Source
+from .row_stats import Rows, Source
 
 _FITTED = 8192  # rows that a temperature is fitted on
 
@@ -40,8 +40,8 @@ def binned(confidence: Tensor, correct: Tensor, bins: int) -> Bins:
 
 def bins_of(rows: Rows, bins: int = 15) -> Bins:
     """The rows that count and have a finite loss, in bins."""
-    counted = rows.counted & rows.loss.isfinite()
-    return binned(rows.confidence[counted], rows.correct[counted], bins)
+    valid = rows.valid & rows.loss.isfinite()
+    return binned(rows.confidence[valid], rows.correct[valid], bins)
 
 
 def calibration_error(rows: Rows) -> float:
@@ -62,13 +62,13 @@ def reliability(rows: Rows) -> list[tuple[float, float, float, float]]:
     ]
 
 
-def mending_temperature(rows: Rows, source: Source) -> tuple[float, float, float]:
+def fitted_temperature(rows: Rows, source: Source) -> tuple[float, float, float]:
     """The temperature of least loss, and the loss before and after, on a sample of the rows.
 
     Guo et al., "On calibration of modern neural networks" (2017).
     """
-    counted = rows.counted & rows.loss.isfinite()
-    places = source.evenly(counted.nonzero().squeeze(-1), _FITTED)
+    valid = rows.valid & rows.loss.isfinite()
+    places = source.evenly(valid.nonzero().squeeze(-1), _FITTED)
     logits, target = source.some(places).float().cpu(), source.target.flatten().cpu()[places]
     best = _golden(lambda log: _scaled_loss(logits, target, log), -1.0, 3.0)
     before, after = (_scaled_loss(logits, target, log) for log in (0.0, best))

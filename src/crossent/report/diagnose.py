@@ -1,4 +1,4 @@
-"""What looks wrong about a loss: each suspect with its rows, the evidence and a mend."""
+"""What looks wrong about a loss: each finding with its rows, the evidence and a fix."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from ..functional import cross_entropy
-from .calibration import calibration_error, mending_temperature
-from .measure import Rows, Source
+from ..problem.warnings import are_distributions
+from .calibration import calibration_error, fitted_temperature
+from .row_stats import Rows, Source
 
 _LOOKED_AT = 256  # rows whose logits are read again, evenly spread
 _SHOWN = 8  # classes named in a line of evidence
 
 
 @dataclass(frozen=True)
-class Suspect:
+class Finding:
     """Something that looks wrong."""
 
     kind: str
@@ -27,9 +28,9 @@ class Suspect:
     advice: str
 
 
-def suspects(rows: Rows, source: Source) -> list[Suspect]:
+def findings(rows: Rows, source: Source) -> list[Finding]:
     """All that looks wrong, the gravest first."""
-    if not bool(rows.counted.any()):
+    if not bool(rows.valid.any()):
         return [_nothing(source)]
     checks = (
         _not_finite,
@@ -45,19 +46,19 @@ def suspects(rows: Rows, source: Source) -> list[Suspect]:
     return [found for check in checks for found in check(rows, source)]
 
 
-def _nothing(source: Source) -> Suspect:
-    return Suspect(
-        "nothing counted",
+def _nothing(source: Source) -> Finding:
+    return Finding(
+        "nothing valid",
         [],
         f"all {source.total} rows have the target {source.ignore_index}, which is ignored",
         "the loss is the mean of nothing: look at how the targets are masked",
     )
 
 
-def _not_finite(rows: Rows, source: Source) -> Iterator[Suspect]:
-    bad = rows.counted & ~rows.loss.isfinite()
+def _not_finite(rows: Rows, source: Source) -> Iterator[Finding]:
+    bad = rows.valid & ~rows.loss.isfinite()
     if bad.any():
-        yield Suspect(
+        yield Finding(
             "not finite",
             _places(bad),
             f"{_count(bad)} rows have a loss of inf or nan",
@@ -66,13 +67,13 @@ def _not_finite(rows: Rows, source: Source) -> Iterator[Suspect]:
         )
 
 
-def _probabilities(rows: Rows, source: Source) -> Iterator[Suspect]:
+def _probabilities(rows: Rows, source: Source) -> Iterator[Finding]:
     """Rows that are distributions, or their logarithms."""
     sample = _spread(source)
     # Two classes may sum to one by chance once; every row looked at does not.
-    flat = (sample >= 0).all(-1) & ((sample.sum(-1) - 1).abs() < 2e-2)
-    if source.classes > 1 and len(sample) > 1 and bool(flat.all()):
-        yield Suspect(
+    alike = bool(are_distributions(sample, tolerance=2e-2).all())
+    if source.classes > 1 and len(sample) > 1 and alike:
+        yield Finding(
             "double softmax",
             [],
             "every row looked at is non-negative and sums to one: the logits are probabilities",
@@ -80,9 +81,9 @@ def _probabilities(rows: Rows, source: Source) -> Iterator[Suspect]:
             "twice it keeps the loss above "
             f"{math.log(1 + (source.classes - 1) / math.e):.3f} nats",
         )
-    lse = rows.lse[rows.counted]
+    lse = rows.lse[rows.valid]
     if source.classes > 1 and len(lse) > 1 and bool((lse.abs() < 1e-3).all()):
-        yield Suspect(
+        yield Finding(
             "log-probabilities",
             [],
             "every row's log-sum-exp is 0: the logits are log-probabilities already",
@@ -91,12 +92,12 @@ def _probabilities(rows: Rows, source: Source) -> Iterator[Suspect]:
         )
 
 
-def _worse_than_chance(rows: Rows, source: Source) -> Iterator[Suspect]:
-    loss = rows.loss[rows.counted & rows.loss.isfinite()].double()
+def _worse_than_chance(rows: Rows, source: Source) -> Iterator[Finding]:
+    loss = rows.loss[rows.valid & rows.loss.isfinite()].double()
     chance = math.log(source.classes)
     mean, spread = loss.mean().item(), loss.std().item() if len(loss) > 1 else 0.0
     if abs(mean - chance) < 1e-4 * chance and spread < 1e-3:
-        yield Suspect(
+        yield Finding(
             "dead model",
             [],
             f"every row costs {mean:.4f} nats, exactly ln {source.classes}: all logits are equal",
@@ -104,7 +105,7 @@ def _worse_than_chance(rows: Rows, source: Source) -> Iterator[Suspect]:
             "or inputs that are cut off",
         )
     elif mean > 1.05 * chance and mean - chance > 3 * spread / math.sqrt(len(loss)):
-        yield Suspect(
+        yield Finding(
             "worse than chance",
             [],
             f"the mean loss {mean:.3f} is above ln {source.classes} = {chance:.3f}, what equal "
@@ -114,7 +115,7 @@ def _worse_than_chance(rows: Rows, source: Source) -> Iterator[Suspect]:
         )
 
 
-def _shifted(rows: Rows, source: Source) -> Iterator[Suspect]:
+def _shifted(rows: Rows, source: Source) -> Iterator[Finding]:
     """Sequences whose logits fit the target of the next or the previous position."""
     if len(source.shape) < 2 or source.shape[1] < 4:
         return
@@ -132,7 +133,7 @@ def _shifted(rows: Rows, source: Source) -> Iterator[Suspect]:
     best = min((-1, 1), key=lambda shift: means[shift])
     if means[best] < 0.7 * means[0] and means[0] - means[best] > 0.1:
         place = "next" if best == 1 else "previous"
-        yield Suspect(
+        yield Finding(
             "shifted labels",
             [],
             f"the logits fit the {place} position's target better: {means[best]:.3f} nats instead "
@@ -141,11 +142,11 @@ def _shifted(rows: Rows, source: Source) -> Iterator[Suspect]:
         )
 
 
-def _contradictions(rows: Rows, source: Source) -> Iterator[Suspect]:
+def _contradictions(rows: Rows, source: Source) -> Iterator[Finding]:
     """The same row twice, with different targets."""
     # Rows that say nothing are equal without being duplicates.
     says = rows.entropy.double() < math.log(source.classes) - 1e-6
-    (places,) = (rows.counted & rows.loss.isfinite() & says).nonzero(as_tuple=True)
+    (places,) = (rows.valid & rows.loss.isfinite() & says).nonzero(as_tuple=True)
     if len(places) < 2:
         return
     # A row's numbers are the same bits in every batch: equal rows have equal ones.
@@ -162,7 +163,7 @@ def _contradictions(rows: Rows, source: Source) -> Iterator[Suspect]:
         for place in members
     )
     if found:
-        yield Suspect(
+        yield Finding(
             "contradicting duplicates",
             found,
             f"{len(found)} rows have the same logits as another row with a different target",
@@ -170,7 +171,7 @@ def _contradictions(rows: Rows, source: Source) -> Iterator[Suspect]:
         )
 
 
-def _wrong_labels(rows: Rows, source: Source) -> Iterator[Suspect]:
+def _wrong_labels(rows: Rows, source: Source) -> Iterator[Finding]:
     """Confident learning: rows as sure of another class as that class's own rows are.
 
     Northcutt, Jiang and Chuang, "Confident Learning" (2021): class j's threshold is the mean
@@ -178,7 +179,7 @@ def _wrong_labels(rows: Rows, source: Source) -> Iterator[Suspect]:
     of what is predicted, the share that is predicted to be something else says how many of all its
     rows are wrong. Over all labels that many rows are named, those of the largest margin.
     """
-    (places,) = (rows.counted & rows.loss.isfinite()).nonzero(as_tuple=True)
+    (places,) = (rows.valid & rows.loss.isfinite()).nonzero(as_tuple=True)
     classes = source.classes
     if len(places) < 10:
         return
@@ -198,7 +199,7 @@ def _wrong_labels(rows: Rows, source: Source) -> Iterator[Suspect]:
     if not len(order):
         return
     found = places[order].tolist()
-    yield Suspect(
+    yield Finding(
         "wrong labels",
         found,
         f"{len(found)} rows ({len(found) / len(places):.1%}) are put into another class as surely "
@@ -207,19 +208,19 @@ def _wrong_labels(rows: Rows, source: Source) -> Iterator[Suspect]:
     )
 
 
-def _overconfident(rows: Rows, source: Source) -> Iterator[Suspect]:
+def _overconfident(rows: Rows, source: Source) -> Iterator[Finding]:
     """A temperature that would lower the loss."""
-    counted = rows.counted & rows.loss.isfinite()
-    if int(counted.sum()) < 50:
+    valid = rows.valid & rows.loss.isfinite()
+    if int(valid.sum()) < 50:
         return
     error = calibration_error(rows)
-    confidence = rows.confidence[counted].double().mean().item()
-    accuracy = rows.correct[counted].double().mean().item()
+    confidence = rows.confidence[valid].double().mean().item()
+    accuracy = rows.correct[valid].double().mean().item()
     if error < 0.05 or confidence < accuracy:
         return
-    temperature, before, after = mending_temperature(rows, source)
+    temperature, before, after = fitted_temperature(rows, source)
     if temperature > 1.1 and after < 0.98 * before:
-        yield Suspect(
+        yield Finding(
             "overconfident",
             [],
             f"predictions are {confidence:.1%} sure and {accuracy:.1%} right (calibration error "
@@ -229,23 +230,23 @@ def _overconfident(rows: Rows, source: Source) -> Iterator[Suspect]:
         )
 
 
-def _silent_classes(rows: Rows, source: Source) -> Iterator[Suspect]:
-    counted = rows.counted
-    if source.classes > int(counted.sum()):
+def _silent_classes(rows: Rows, source: Source) -> Iterator[Finding]:
+    valid = rows.valid
+    if source.classes > int(valid.sum()):
         return  # fewer rows than classes: some must be absent
-    present = torch.bincount(rows.target[counted], minlength=source.classes) > 0
-    named = torch.bincount(rows.predicted[counted], minlength=source.classes) > 0
+    present = torch.bincount(rows.target[valid], minlength=source.classes) > 0
+    named = torch.bincount(rows.predicted[valid], minlength=source.classes) > 0
     never = present & ~named
     if never.any():
-        yield Suspect(
+        yield Finding(
             "classes never predicted",
-            _places(counted & never[rows.target.where(counted, 0)]),
+            _places(valid & never[rows.target.where(valid, 0)]),
             f"{_count(never)} classes have rows but are never predicted: {_listed(never)}",
             "too few rows of them, or a weight or bias that is stuck",
         )
     absent = ~present
     if absent.any():
-        yield Suspect(
+        yield Finding(
             "classes never present",
             [],
             f"{_count(absent)} of {source.classes} classes have no row: {_listed(absent)}",
@@ -253,10 +254,10 @@ def _silent_classes(rows: Rows, source: Source) -> Iterator[Suspect]:
         )
 
 
-def _ignored(rows: Rows, source: Source) -> Iterator[Suspect]:
-    share = 1 - rows.counted.double().mean().item()
+def _ignored(rows: Rows, source: Source) -> Iterator[Finding]:
+    share = 1 - rows.valid.double().mean().item()
     if share > 0.5:
-        yield Suspect(
+        yield Finding(
             "mostly ignored",
             [],
             f"{share:.1%} of the rows have the target {source.ignore_index}, which is ignored",

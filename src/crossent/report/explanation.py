@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .calibration import calibration_error, reliability
-from .diagnose import Suspect
-from .measure import Rows, Source
+from .diagnose import Finding
+from .row_stats import Rows, Source
 from .tables import Tables, Tokens
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ class Explanation(Tables):
     """What makes up a loss. Numbers are in nats; tables are pandas DataFrames.
 
     ``loss`` (N,) holds the loss of each row (of the flattened rows), and ``rows`` what else is
-    known of it: ``target``, ``predicted``, ``probability``, ``confidence``, ``rank``, ``rival``,
-    ``margin``, ``entropy``, ``counted``; zeros where a row is ignored.
+    known of it: ``target``, ``predicted``, ``probability``, ``confidence``, ``rank``,
+    ``runner_up``, ``margin``, ``entropy``, ``valid``; zeros where a row is ignored.
     """
 
-    suspects: list[Suspect]
+    findings: list[Finding]
     prior_loss: float
     """What predicting the class prior for every row would cost."""
     note: str = ""
@@ -43,14 +43,14 @@ class Explanation(Tables):
         cls,
         rows: Rows,
         source: Source,
-        found: list[Suspect],
+        found: list[Finding],
         classes: Sequence[str] | None,
         ids: Sequence[str] | None,
         tokens: Tokens | None,
         class_prior: Tensor | Sequence[float] | None,
     ) -> Explanation:
         """Put together what has been measured."""
-        target = rows.target[rows.counted]
+        target = rows.target[rows.valid]
         if class_prior is None:
             prior = torch.bincount(target, minlength=source.classes).double()
             prior = prior / prior.sum().clamp(min=1)
@@ -77,7 +77,7 @@ class Explanation(Tables):
     @property
     def count(self) -> int:
         """How many rows count."""
-        return int(self.rows.counted.sum())
+        return int(self.rows.valid.sum())
 
     @property
     def mean(self) -> float:
@@ -102,7 +102,7 @@ class Explanation(Tables):
     @property
     def top5(self) -> float:
         """The share of rows whose target is among the five best classes."""
-        known = self.rows.counted & ~self.rows.loss.isnan()
+        known = self.rows.valid & ~self.rows.loss.isnan()
         return self._share(known & (self.rows.rank <= 5))
 
     @property
@@ -143,16 +143,16 @@ class Explanation(Tables):
             "by_quantile": _records(self.by_quantile()),
             "reliability": _records(self.reliability()),
             "hardest": _records(self.hardest(top)),
-            "suspects": [
+            "findings": [
                 {"kind": s.kind, "rows": s.rows, "evidence": s.evidence, "advice": s.advice}
-                for s in self.suspects
+                for s in self.findings
             ],
         }
         return json.dumps(_finite(value), indent=1, allow_nan=False)
 
     def to_html(self, path: str | Path | None = None, top: int = 200) -> str:
         """One page that needs nothing but itself; also written to ``path`` if that is given."""
-        from .page import as_page
+        from .html import as_page
 
         text = as_page(self, top)
         if path is not None:
@@ -166,17 +166,17 @@ class Explanation(Tables):
         return draw(self)
 
     def __str__(self) -> str:
-        from .terminal import as_text
+        from .text import as_text
 
         return as_text(self)
 
     def __rich__(self) -> RenderableType:
-        from .terminal import as_renderable
+        from .text import as_renderable
 
         return as_renderable(self)
 
     def _repr_html_(self) -> str:
-        from .terminal import as_html
+        from .text import as_html
 
         return as_html(self)
 

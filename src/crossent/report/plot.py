@@ -42,7 +42,7 @@ def figure_of(part: Callable[[Axes, Explanation], None], why: Explanation, ink: 
 
 def histogram(axes: Axes, why: Explanation) -> None:
     """How often each loss occurs."""
-    losses = why.loss[why.rows.counted]
+    losses = why.loss[why.rows.valid]
     axes.hist(losses[losses.isfinite()].numpy(), bins=40, color=_BLUE)
     axes.axvline(why.mean, color=_ORANGE, label=f"mean {why.mean:.3f}")
     axes.axvline(why.chance, color=_GREY, linestyle="--", label=f"ln V {why.chance:.3f}")

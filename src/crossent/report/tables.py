@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .measure import Rows, Source
+from .row_stats import Rows, Source
 
 if TYPE_CHECKING:
     import pandas
@@ -35,20 +35,20 @@ class Tables:
 
     def hardest(self, k: int = 10) -> pandas.DataFrame:
         """The k rows that cost most, with their best competitors."""
-        order = self.rows.loss.masked_fill(~self.rows.counted, -math.inf)
+        order = self.rows.loss.masked_fill(~self.rows.valid, -math.inf)
         order = order.nan_to_num(math.inf).argsort(descending=True, stable=True)
-        places = order[: max(0, min(k, int(self.rows.counted.sum())))]
+        places = order[: max(0, min(k, int(self.rows.valid.sum())))]
         table = self._table(places)
         table["competitors"] = [self.named_competitors(place) for place in places.tolist()]
         return table
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One line for each row that counts."""
-        return self._table(self.rows.counted.nonzero().squeeze(-1))
+        return self._table(self.rows.valid.nonzero().squeeze(-1))
 
     def by_class(self) -> pandas.DataFrame:
         """For each class that occurs: its rows, their mean loss, share of the total, accuracy."""
-        index = self.rows.target.where(self.rows.counted, 0)
+        index = self.rows.target.where(self.rows.valid, 0)
         groups = self._groups(index, self.source.classes)
         lines = [
             [self.name(i), count, total / count, self._part(total), correct / count]
@@ -62,7 +62,7 @@ class Tables:
         With ``mistakes`` only for pairs of two classes.
         """
         classes = self.source.classes
-        target = self.rows.target.where(self.rows.counted, 0)
+        target = self.rows.target.where(self.rows.valid, 0)
         pairs, place = torch.unique(
             target * classes + self.rows.predicted.clamp(min=0), return_inverse=True
         )
@@ -91,7 +91,7 @@ class Tables:
 
     def by_quantile(self) -> pandas.DataFrame:
         """What the hardest 1, 3, 10, ... percent of the rows make of the total."""
-        losses = self.rows.loss[self.rows.counted].double().sort(descending=True).values
+        losses = self.rows.loss[self.rows.valid].double().sort(descending=True).values
         running = losses.cumsum(0)
         lines = []
         for percent in _PERCENT if len(losses) else ():
@@ -143,14 +143,14 @@ class Tables:
         return total / self.sum if self.sum else 0.0
 
     def _groups(self, index: Tensor, count: int) -> list[tuple[int, int, float, float]]:
-        """For each group that occurs among the counted rows: number, rows, loss, correct ones."""
-        counted = self.rows.counted
-        index = index[counted]
+        """For each group that occurs among the valid rows: number, rows, loss, correct ones."""
+        valid = self.rows.valid
+        index = index[valid]
         size = torch.bincount(index, minlength=count)
         total = torch.zeros(count, dtype=torch.float64, device="cpu")
-        total = total.index_add(0, index, self.rows.loss[counted].double())
+        total = total.index_add(0, index, self.rows.loss[valid].double())
         correct = torch.zeros(count, dtype=torch.float64, device="cpu")
-        correct = correct.index_add(0, index, self.rows.correct[counted].double())
+        correct = correct.index_add(0, index, self.rows.correct[valid].double())
         return [
             (i, int(size[i]), float(total[i]), float(correct[i]))
             for i in size.nonzero().squeeze(-1).tolist()

@@ -1,0 +1,300 @@
+// Rows side by side: one row in each lane of a vector. For few classes, and for classes that are
+// not next to each other in memory (images: N, C, H, W), where a row alone would fill no vector.
+// Torch-free. Same results as row_kernels.h to the last digits, not to the last bit.
+#pragma once
+
+#include "gradient.h"
+#include "tile.h"
+
+namespace crossent::CROSSENT_ISA {
+
+// Sums over the classes for every lane, four at a time: error as block_sum.
+template <class T, class F>
+CROSSENT_INLINE LaneSum<T> sum_classes(int classes, F term) {
+  LaneSum<T> s;
+  int c = 0;
+  for (; c + 4 <= classes; c += 4) {
+    V<T> t[4];
+    for (int k = 0; k < 4; ++k) t[k] = term(c + k);
+    s.add(t);
+  }
+  for (; c < classes; ++c) s.add(term(c));
+  return s;
+}
+
+template <class T>
+struct LaneGap {
+  LaneSum<T> weight, gap;
+};
+// As narrow_gap, for every lane; a(c) is what class c weighs. Sets `needs_slow_path` where a sum is
+// infinite.
+template <class T, class F>
+CROSSENT_INLINE LaneGap<T> lane_gap(const V<T>* z, int classes, V<T> m, I<T>& needs_slow_path,
+                                    F a) {
+  const V<T> none = splat(-std::numeric_limits<T>::infinity());
+  const LaneGap<T> g = {sum_classes<T>(classes, a),
+                        sum_classes<T>(classes, [&](int c) CROSSENT_INLINE_LAMBDA {
+                          const V<T> w = a(c);
+                          return ((z[c] == none) & (w == T(0))) ? V<T>{} : w * (m - z[c]);
+                        })};
+  needs_slow_path |= (g.gap.sum - g.gap.sum != T(0)) | (g.weight.sum - g.weight.sum != T(0));
+  return g;
+}
+
+// What is known of the rows of a tile, as RowState. Rows that need the slow path are done one by
+// one: nan, infinite and far maxima, all masked, infinite sums.
+template <class T>
+struct TileState {
+  V<T> m;
+  I<T> needs_slow_path, ties;
+  LaneSum<T> below, moment;
+  LaneGap<T> target, probability, uniform;
+  V<T> unmasked;
+
+  CROSSENT_INLINE Accumulator<T> rest(int l) const {
+    return below[l] * Accumulator<T>(Exp<T>::kUnscale) + double(ties[l] - 1);
+  }
+  CROSSENT_INLINE RowState<T> row(int l) const {
+    RowState<T> s;
+    s.m = m[l];
+    s.rest = rest(l);
+    s.moment = moment[l] * Accumulator<T>(Exp<T>::kUnscale);
+    s.target_weight = target.weight[l], s.target_gap = target.gap[l];
+    s.probability_mass = probability.weight[l], s.probability_gap = probability.gap[l];
+    s.uniform_weight = uniform.weight[l], s.uniform_gap = uniform.gap[l];
+    s.unmasked = unmasked[l];
+    return s;
+  }
+};
+
+// The maximum, the sum of the others, and the moment where statistics are wanted.
+template <class T>
+CROSSENT_INLINE void sum_tile(const Problem<T>& p, const V<T>* z, TileState<T>& s) {
+  const int classes = int(p.classes);
+  V<T> m = splat(-std::numeric_limits<T>::infinity());
+  I<T> nan = {};
+  for (int c = 0; c < classes; ++c) {
+    m = z[c] > m ? z[c] : m;
+    nan |= z[c] != z[c];
+  }
+  const V<T> size = m < T(0) ? -m : m;
+  s.m = m;
+  s.needs_slow_path = ~(size <= Exp<T>::kFar) | nan;
+  const Origin<T> origin(s.needs_slow_path ? V<T>{} : m);
+  I<T> ties = {};
+  s.below = sum_classes<T>(classes, [&](int c) CROSSENT_INLINE_LAMBDA {
+    const I<T> tie = z[c] == m;
+    ties -= tie;
+    return tie ? V<T>{} : origin.template exp<false>(z[c]);
+  });
+  s.ties = ties;
+  if (p.options.stats)
+    s.moment = sum_classes<T>(classes, [&](int c) CROSSENT_INLINE_LAMBDA {
+      return origin.template exp<false>(z[c]) * origin.template gap<false>(z[c]);
+    });
+}
+
+// What targets that are probabilities, or smoothed, need of all classes.
+template <class T>
+CROSSENT_INLINE void sum_targets(const Problem<T>& p, int64_t row, int count, const V<T>* z,
+                                 TileState<T>& s) {
+  const T lowest = -std::numeric_limits<T>::infinity();
+  const int classes = int(p.classes);
+  const auto weight = [&](int c) CROSSENT_INLINE_LAMBDA {
+    return splat(p.weight ? p.weight[c] : T(1));
+  };
+  if (!p.by_index()) {
+    V<T> y[kMaxLaneClasses];
+    read_tile(p.probabilities, Tile<T>(p.probabilities, row, count, p.rows, classes), classes, y);
+    s.target = lane_gap<T>(z, classes, s.m, s.needs_slow_path, [&](int c) CROSSENT_INLINE_LAMBDA {
+      return y[c] * weight(c);
+    });
+    if (p.weight && p.options.stats)
+      s.probability = lane_gap<T>(z, classes, s.m, s.needs_slow_path,
+                                  [&](int c) CROSSENT_INLINE_LAMBDA { return y[c]; });
+  }
+  if (p.options.label_smoothing != 0) {
+    s.uniform = lane_gap<T>(z, classes, s.m, s.needs_slow_path, [&](int c) CROSSENT_INLINE_LAMBDA {
+      return z[c] == lowest ? V<T>{} : weight(c);
+    });
+    for (int c = 0; c < classes; ++c) s.unmasked += z[c] == lowest ? V<T>{} : splat(T(1));
+  }
+}
+
+// finish_row of row_kernels.h for index targets without smoothing, z-loss and statistics.
+template <class T>
+CROSSENT_INLINE void finish_tile(const Problem<T>& p, int64_t row, int count, const V<T>* z,
+                                 const TileState<T>& s) {
+  using W = Accumulator<T>;
+  constexpr int L = kLanes<T>;
+  const Targets<T> targets(p, row, count);
+  const V<T> picked = targets.look_up([&](int l, int c) CROSSENT_INLINE_LAMBDA { return z[c][l]; });
+  V<T> weight = splat(T(1));
+  if (p.weight)
+    weight = targets.look_up([&](int, int c) CROSSENT_INLINE_LAMBDA { return p.weight[c]; });
+  if (p.sample_weight.data) weight = weight * read_numbers(p.sample_weight, row, count);
+
+  alignas(64) double rest[L], log_sum[L];
+  for (int l = 0; l < L; ++l) rest[l] = double(s.rest(l));
+  log1p_lanes(T(), rest, log_sum);
+  alignas(64) T loss[L], rests[L];
+  for (int l = 0; l < L; ++l) {
+    rests[l] = T(rest[l]);
+    loss[l] = T(W(weight[l]) * ((W(s.m[l]) - W(picked[l])) + log_sum[l]));
+  }
+  const V<T> weighted = weight == T(0) ? V<T>{} : load(loss);  // 0 * inf = 0
+  write_numbers(p.loss + (row - p.first), count, targets.ignored ? V<T>{} : weighted);
+  write_numbers(p.denominator_weight + (row - p.first), count, targets.ignored ? V<T>{} : weight);
+  write_numbers(&p.saved_at(row, kMaximum), count, s.m);
+  write_numbers(&p.saved_at(row, kRest), count, load(rests));
+  const I<T> needs_slow_path = s.needs_slow_path | (~targets.ignored & (targets.target < 0));
+  if (any<T>(needs_slow_path))
+    for (int l = 0; l < count; ++l)
+      if (needs_slow_path[l]) forward_row(p, row + l);
+}
+
+template <class T>
+CROSSENT_NOINLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
+  const int classes = int(p.classes);
+  V<T> z[kMaxLaneClasses];
+  read_tile(p.logits, Tile<T>(p.logits, row, count, p.rows, classes), classes, z);
+  map_tile(p, z);
+  TileState<T> s{};
+  sum_tile(p, z, s);
+  if (!p.one_hot()) sum_targets(p, row, count, z, s);
+  if (p.one_hot() && !p.options.stats && p.options.z_loss == 0)
+    return finish_tile(p, row, count, z, s);
+  for (int l = 0; l < count; ++l) {
+    const int64_t target = p.by_index() ? p.index(row + l) : 0;
+    if (s.needs_slow_path[l])
+      forward_row(p, row + l);
+    else if (p.by_index() && target == p.options.ignore_index)
+      skip_row(p, row + l);
+    else
+      finish_row(p, row + l, target, s.row(l));
+  }
+}
+
+// What the gradients of a tile's rows share. Rows that need the slow path are done one by one: nan
+// and far maxima, and targets that are no class.
+template <class T>
+struct TileFactors {
+  GradientFactors<V<T>> g;
+  V<T> target_class_weight;
+  I<T> needs_slow_path;
+
+  CROSSENT_INLINE TileFactors(const Problem<T>& p, int64_t row, int count,
+                              const Targets<T>& targets)
+      : g{}, target_class_weight(splat(T(1))) {
+    if (p.weight && p.by_index())
+      target_class_weight =
+          targets.look_up([&](int, int c) CROSSENT_INLINE_LAMBDA { return p.weight[c]; });
+    g.target_weight = target_class_weight;
+    g.scale = read_numbers(p.grad_output, row, count);
+    if (p.sample_weight.data) g.scale = g.scale * read_numbers(p.sample_weight, row, count);
+    if (!p.one_hot() || p.options.z_loss != 0)
+      for (int l = 0; l < count; ++l) {
+        const int64_t target = targets.at[l] < 0 ? 0 : targets.at[l];
+        const GradientFactors<T> one = gradient_factors(p, row + l, target);
+        g.target_weight[l] = one.target_weight, g.tilt[l] = one.tilt;
+        g.uniform[l] = one.uniform, g.uniform_weight[l] = one.uniform_weight;
+      }
+    const V<T> saved_maximum = read_saved(p, row, count, kMaximum);
+    const I<T> near = (saved_maximum <= Exp<T>::kFar) & (saved_maximum >= -Exp<T>::kFar);
+    needs_slow_path =
+        ~targets.ignored & ~(p.by_index() ? near & (targets.target >= 0) : near);
+    const V<T> rest = read_saved(p, row, count, kRest);
+    g.m = near ? saved_maximum : V<T>{};
+    g.inverse = T(1) / (rest + T(1)), g.rest_share = rest * g.inverse;
+    g.keep = splat(T(1 - p.options.label_smoothing));
+  }
+};
+
+// The entries of index targets; `slope` where logits are mapped.
+template <class T>
+CROSSENT_INLINE V<T> target_entries(const TileFactors<T>& factors, const Targets<T>& targets,
+                                    const Origin<T>& origin, const V<T>* z, const V<T>* slope) {
+  const GradientFactors<V<T>>& g = factors.g;
+  const V<T> z_target =
+      targets.look_up([&](int l, int c) CROSSENT_INLINE_LAMBDA { return z[c][l]; });
+  const V<T> probability = origin.template exp<false>(z_target) * Exp<T>::kUnscale * g.inverse;
+  const V<T> others = z_target == g.m ? g.rest_share : T(1) - probability;
+  const V<T> none = splat(-std::numeric_limits<T>::infinity());
+  const V<T> share = z_target == none ? V<T>{} : g.uniform;  // a masked target is not smoothed
+  const V<T> w = factors.target_class_weight;
+  const V<T> entry = target_gradient(g, probability, others, w, share * w);
+  if (!slope) return entry;
+  return entry *
+         targets.look_up([&](int l, int c) CROSSENT_INLINE_LAMBDA { return slope[c][l]; });
+}
+
+template <class T>
+CROSSENT_NOINLINE void backward_tile(const Problem<T>& p, int64_t row, int count) {
+  constexpr int L = kLanes<T>;
+  const int classes = int(p.classes);
+  V<T> z[kMaxLaneClasses], y[kMaxLaneClasses], slope[kMaxLaneClasses], result[kMaxLaneClasses];
+  read_tile(p.logits, Tile<T>(p.logits, row, count, p.rows, classes), classes, z);
+  map_tile(p, z, slope);
+  if (!p.by_index())
+    read_tile(p.probabilities, Tile<T>(p.probabilities, row, count, p.rows, classes), classes, y);
+
+  const bool mapped = p.mapped();
+  const Targets<T> targets(p, row, count);
+  using Int = typename Targets<T>::Int;
+  const TileFactors<T> factors(p, row, count, targets);
+  const GradientFormula<T, V<T>> formula(factors.g, p.options.label_smoothing != 0);
+  const Origin<T> origin(factors.g.m);
+  const V<T> entry = target_entries(factors, targets, origin, z, mapped ? slope : nullptr);
+  for (int c = 0; c < classes; ++c) {
+    const V<T> w = splat(p.weight ? p.weight[c] : T(1));
+    const V<T> e = origin.template exp<false>(z[c]) * Exp<T>::kUnscale;
+    V<T> r = p.by_index() ? formula.for_index(z[c], e, w)
+                          : formula.for_probabilities(z[c], e, w, y[c]);
+    if (mapped) r = r * slope[c];
+    r = targets.target == Int(c) ? entry : r;
+    result[c] = targets.ignored ? V<T>{} : r;
+  }
+  const bool any_slow = any<T>(factors.needs_slow_path);
+  bool skip[L];
+  for (int l = 0; l < L; ++l) skip[l] = factors.needs_slow_path[l];
+  const Tile<T> out(p.gradient, row, count, p.rows, classes);
+  write_tile(p.gradient, out, classes, count, any_slow || count < L ? skip : nullptr, result);
+  if (any_slow)
+    for (int l = 0; l < count; ++l)
+      if (skip[l]) backward_row(p, row + l);
+}
+
+// Whether rows are better done side by side. Where classes are next to each other, a row alone has
+// its setting up to pay, and rows side by side the crosswise reading, backward the writing too:
+// measured.
+constexpr int kForwardLanes = kMaxLaneClasses, kBackwardLanes = 80;
+template <class T>
+CROSSENT_INLINE bool side_by_side(const Problem<T>& p, int most) {
+  return p.classes <= (p.logits.class_stride == 1 ? most : kMaxLaneClasses);
+}
+
+template <class T, class Row, class Tile>
+CROSSENT_INLINE void each(bool together, int64_t begin, int64_t end, Row row, Tile tile) {
+  if (!together)
+    for (int64_t r = begin; r < end; ++r) row(r);
+  else
+    for (int64_t r = begin; r < end; r += kLanes<T>)
+      tile(r, int(end - r < kLanes<T> ? end - r : kLanes<T>));
+}
+
+template <class T>
+void forward_rows(const Problem<T>& p, int64_t begin, int64_t end) {
+  each<T>(
+      side_by_side(p, kForwardLanes), begin, end,
+      [&](int64_t r) CROSSENT_INLINE_LAMBDA { forward_row(p, r); },
+      [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA { forward_tile(p, r, count); });
+}
+template <class T>
+void backward_rows(const Problem<T>& p, int64_t begin, int64_t end) {
+  each<T>(
+      side_by_side(p, kBackwardLanes), begin, end,
+      [&](int64_t r) CROSSENT_INLINE_LAMBDA { backward_row(p, r); },
+      [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA { backward_tile(p, r, count); });
+}
+
+}  // namespace crossent::CROSSENT_ISA

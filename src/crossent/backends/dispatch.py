@@ -1,0 +1,180 @@
+"""Dispatch: who computes a loss, and why. Nobody else chooses a backend or a fast path.
+
+A backend is a module with ``rows(problem) -> Rows``. An explicit request is met or refused with an
+error, never met by another backend; ``auto`` takes the fastest that can serve and can say why.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem.options import Options
+from ..problem.preparation import prepare
+from ..problem.rows import Logits, Problem, Selection
+from ..problem.torch_internals import readable
+from ..problem.warnings import warn_if_probabilities
+from . import compiled as compiled  # registers what graphs are differentiated by
+from . import cpu, reference, small_calls
+from .derivatives import value_and_gradient
+from .reduction import finalize, reduce
+from .results import Rows, Stats, lengthen
+
+
+class Choice(NamedTuple):
+    """The backend that serves a problem, and the reason."""
+
+    name: str
+    reason: str
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot serve."""
+
+
+def choose(problem: Problem) -> Choice:
+    """Who serves this problem: the backend asked for by name, or the fastest that can.
+
+    Derivatives that the kernels do not have (torch.func, forward mode, gradients of targets and
+    weights) are left to the reference, by whatever name the kernels were asked for.
+    """
+    requested = problem.options.backend
+    asked = _asked(requested, cpu.unsupported_reason(problem.logits.rows))
+    if asked.name == "reference":
+        return asked
+    transfer = cpu.fallback_reason(problem)
+    if transfer:
+        return Choice("reference", f"the cpu kernels cannot serve it: {transfer}")
+    return Choice("cpu", "asked for by name" if requested == "cpu" else "native kernels")
+
+
+def _asked(requested: str, obstacle: str) -> Choice:
+    """Who is left once it is known what is asked for and what stands against the kernels."""
+    if requested == "reference":
+        return Choice("reference", "asked for by name")
+    if requested == "triton":
+        raise BackendError(
+            "backend: 'triton' was asked for by name, but this installation has no such kernels; "
+            "use backend='auto' or backend='reference'"
+        )
+    if requested == "cpu" and obstacle:
+        raise BackendError(
+            f"backend: 'cpu' was asked for by name, but {obstacle}; use backend='auto' or "
+            f"backend='reference'"
+        )
+    if obstacle:
+        return Choice("reference", f"it serves every device; not cpu: {obstacle}")
+    return Choice("cpu", "")
+
+
+def loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+) -> Tensor | tuple[Tensor, Stats]:
+    """The loss of a call; ``(loss, Stats)`` where they are asked for."""
+    if weight is sample_weight is denominator is None:
+        small = small_calls.loss(input, target, options)
+        if small is not None:
+            return small
+    problem = prepare(input, target, weight, sample_weight, denominator, options)
+    warn_if_probabilities(problem.logits.rows)
+    options = problem.options
+    if _sums_suffice(problem, denominator) and choose(problem).name == "cpu":
+        sums = cpu.sums(problem)
+        value, slope = finalize(
+            sums.loss, sums.denominator_weight, options.reduction, denominator, options.empty
+        )
+        return cpu.with_gradient(problem, sums, value, slope)
+    found = rows(problem)
+    reduced = reduce(
+        found.loss, found.denominator_weight, options.reduction, denominator, options.empty
+    )
+    return lengthen(reduced.to(problem.logits.result_dtype), found.stats, problem.cut)
+
+
+def rows(problem: Problem) -> Rows:
+    """One loss for each row of a problem."""
+    if choose(problem).name == "cpu":
+        return cpu.rows(problem)
+    return reference.served(problem.verified())
+
+
+def _sums_suffice(problem: Problem, denominator: float | Tensor | None) -> bool:
+    """Whether sums are all that is wanted of the rows, and what divides them is a number."""
+    options = problem.options
+    if options.return_stats or (denominator is None and options.reduction == "none"):
+        return False
+    if isinstance(denominator, Tensor) and (denominator.requires_grad or not readable(denominator)):
+        return False
+    return readable(problem.target)
+
+
+def rows_and_gradient(problem: Problem, grad_output: Tensor | None) -> tuple[Rows, Tensor | None]:
+    """The rows, without a graph; with a grad_output (*rows) also the gradient of the logits.
+
+    It may take the memory of the logits, which are lost.
+    """
+    if grad_output is not None:
+        grad_output = grad_output.to(problem.logits.dtype)
+    if choose(problem).name == "cpu":
+        rows = cpu.rows_in_place(problem, grad_output)
+        return rows, None if grad_output is None else problem.logits.rows
+    found: list[Rows] = []
+
+    def loss(logits: Tensor) -> Tensor:
+        found.append(reference.rows(problem._replace(logits=problem.logits.of(logits))))
+        return found[0].loss
+
+    value, gradient = value_and_gradient(loss, problem.logits.rows, grad_output)
+    return found[0]._replace(loss=value), gradient
+
+
+def empty_with_huge_pages(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Fresh memory where ``like`` is; in large pages on a CPU, where each small one costs."""
+    memory: Tensor = like.new_empty(shape, dtype=dtype)
+    if memory.device.type == "cpu" and not cpu.MISSING:
+        cpu.advise_huge_pages(memory)
+    return memory
+
+
+def log_prob(selection: Selection) -> Tensor:
+    """The log-probabilities of a selection (*rows, K)."""
+    problem = selection.as_problem()
+    if problem is not None and choose(problem).name == "cpu":
+        return -cpu.rows(problem).loss.unsqueeze(-1)
+    if problem is None:
+        check_selection(selection)
+    return reference.served_log_prob(selection)
+
+
+def entropy(logits: Logits) -> Tensor:
+    """The entropy of each row."""
+    check_entropy(logits)
+    return reference.served_entropy(logits)
+
+
+def check_selection(selection: Selection) -> None:
+    """Raise where a backend was asked for by name that cannot serve these classes."""
+    problem = selection.as_problem()
+    if problem is not None:
+        choose(problem)
+    else:
+        _asked(selection.options.backend, "its kernels take one index a row")
+
+
+def check_entropy(logits: Logits) -> None:
+    """Raise where a backend was asked for by name that has no entropy."""
+    _asked(logits.options.backend, "it has no kernels for the entropy with its gradient")
+
+
+def target_rank(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row (n, V): the target's rank, the best of the other classes, and its logit."""
+    if logits.device.type == "cpu" and not cpu.MISSING:
+        return cpu.target_rank(logits, target)
+    return reference.target_rank(logits, target)

@@ -1,0 +1,1 @@
+"""Features become losses; the logits are never all in memory."""

@@ -1,0 +1,183 @@
+"""The chunked pass: logits of a fused head, made, scored and dropped, a chunk of rows at a time.
+
+For each chunk, in one buffer that is reused:
+
+    logits = x W^T + b
+    values, dlogits = what the rows are wanted for      (kernels write dlogits over the logits)
+    dx = dlogits W,   dW += dlogits^T x,   db += sum of dlogits
+
+Products and sums are taken in float32 (float64 for float64) whatever the tensors hold; a weight in
+half precision is converted in blocks of classes. Rows that nothing is wanted of are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import dispatch
+from ..problem.torch_internals import no_autocast, readable
+from .chunk_plan import BUDGET, Plan, plan
+from .linear_head import Head
+from .row_functions import RowFunction
+from .sparse import CSRRows
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class PassResult(NamedTuple):
+    """What a chunked pass leaves: per-row values, and gradients of input, weight and bias."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: Gradients
+
+
+@torch.no_grad()
+def chunked_pass(
+    head: Head,
+    function: RowFunction,
+    plan: Plan,
+    grad_output: Tensor | None,
+    needs: tuple[bool, bool, bool] = (False, False, False),
+) -> PassResult:
+    """Go through all rows once; ``grad_output`` is the gradient of each row's value, None for none.
+
+    The gradients are in the dtype of products: who scales them rounds them afterwards, once.
+    """
+    if grad_output is None:
+        needs = (False, False, False)
+    with no_autocast(head.input.device.type):
+        kept = _kept(function)
+        rows = head.input.shape[0] if kept is None else kept.shape[0]
+        work = _Work(head, plan, min(plan.chunk_rows, rows), needs, dense=kept is None)
+        for begin in range(0, max(rows, 1), plan.chunk_rows):
+            chunk = slice(begin, min(begin + plan.chunk_rows, rows))
+            place = chunk if kept is None else kept[chunk]
+            x, logits = work.logits(place, chunk.stop - begin)
+            above = None if grad_output is None else grad_output[place]
+            values, gradient = function.compute(place, logits, above)
+            work.keep(place, values, function.fill_values)
+            if gradient is not None:
+                work.accumulate(place, x, gradient)
+        return work.result()
+
+
+def _kept(function: RowFunction) -> Tensor | None:
+    """The numbers of the rows of which anything is wanted; None where that may be all of them."""
+    wanted = function.wanted()
+    if wanted is None or not readable(wanted) or bool(wanted.all()):
+        return None
+    return wanted.nonzero().squeeze(-1)
+
+
+class _Work:
+    """The buffers of one pass."""
+
+    def __init__(
+        self, head: Head, plan: Plan, rows: int, needs: tuple[bool, bool, bool], dense: bool
+    ) -> None:
+        x, weight = head.input, head.weight
+        self.head, self.block, self.first = head, plan.block, True
+        self.outputs: list[Tensor] = []
+        self.buffer = dispatch.empty_with_huge_pages(x, (rows, weight.shape[0]), head.dtype)
+        self.dx = self.dweight = self.dbias = None
+        if needs[0]:
+            make = torch.empty if dense else torch.zeros
+            self.dx = make(x.shape, dtype=head.dtype, device=x.device)
+        if needs[1]:
+            self.dweight = dispatch.empty_with_huge_pages(weight, tuple(weight.shape), head.dtype)
+        if needs[2]:
+            self.dbias = weight.new_zeros(weight.shape[0], dtype=head.dtype)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in blocks of classes, in the dtype of products."""
+        weight, dtype = self.head.weight, self.head.dtype
+        for begin in range(0, weight.shape[0], self.block):
+            block = slice(begin, begin + self.block)
+            yield block, weight[block].to(dtype)
+
+    def logits(self, place: slice | Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Features and logits of some rows."""
+        x = self.head.input[place].to(self.head.dtype).contiguous()
+        logits, bias = self.buffer[:rows], self.head.bias
+        for classes, weight in self.blocks():
+            out = logits[:, classes]
+            if bias is None:
+                torch.mm(x, weight.t(), out=out)
+            else:
+                torch.addmm(bias[classes].to(x.dtype), x, weight.t(), out=out)
+        return x, logits
+
+    def keep(
+        self, place: slice | Tensor, values: tuple[Tensor, ...], fill_values: tuple[float, ...]
+    ) -> None:
+        """Put numbers of some rows where they belong; other rows hold ``fill_values``."""
+        if not self.outputs:
+            rows = self.head.input.shape[0]
+            self.outputs = [
+                v.new_full((rows, *v.shape[1:]), blank)
+                for v, blank in zip(values, fill_values, strict=False)
+            ]
+        for whole, value in zip(self.outputs, values, strict=True):
+            whole[place] = value
+
+    def accumulate(self, place: slice | Tensor, x: Tensor, gradient: Tensor | CSRRows) -> None:
+        """The gradients of some rows, from that of their logits."""
+        if self.dx is not None:
+            self.dx[place] = self.product(gradient)
+        if self.dweight is not None:
+            if isinstance(gradient, CSRRows):
+                if self.first:
+                    self.dweight.zero_()
+                gradient.add_outer(self.dweight, x)
+            else:  # the first chunk fills fresh memory
+                beta = 0 if self.first else 1
+                torch.addmm(self.dweight, gradient.t(), x, beta=beta, out=self.dweight)
+        if self.dbias is not None:
+            if isinstance(gradient, CSRRows):
+                gradient.add_sum(self.dbias)
+            else:
+                self.dbias += gradient.sum(0)
+        self.first = False
+
+    def product(self, gradient: Tensor | CSRRows) -> Tensor:
+        """The gradient of the features of some rows."""
+        weight = self.head.weight
+        if isinstance(gradient, CSRRows):
+            return gradient.times(weight)
+        if weight.dtype == gradient.dtype:
+            return torch.mm(gradient, weight)
+        dx = gradient.new_zeros(gradient.shape[0], weight.shape[1])
+        for classes, block in self.blocks():
+            dx.addmm_(gradient[:, classes], block)
+        return dx
+
+    def result(self) -> PassResult:
+        """What is left after the last chunk."""
+        if self.dweight is not None and self.first:
+            self.dweight.zero_()
+        return PassResult(tuple(self.outputs), (self.dx, self.dweight, self.dbias))
+
+
+def plan_for(head: Head, chunk_rows: int | None) -> Plan:
+    """How this head is gone through."""
+    rows, features = head.input.shape
+    return plan(
+        rows,
+        features,
+        head.weight.shape[0],
+        head.dtype.itemsize,
+        convert=head.weight.dtype != head.dtype,
+        budget=budget(head.input.device),
+        chunk_rows=chunk_rows,
+    )
+
+
+def budget(device: torch.device) -> int:
+    """Bytes of scratch memory: a fixed sum on a CPU, a share of what is free on a GPU."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return BUDGET
+    return max(BUDGET, torch.cuda.mem_get_info(device)[0] // 16)

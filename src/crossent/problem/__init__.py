@@ -1,0 +1,1 @@
+"""The caller's arguments become checked rows of logits."""
