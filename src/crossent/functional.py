@@ -1,8 +1,7 @@
 """The public functions: logits go in, loss comes out.
 
-problem = prepare(...)          checked once, flattened to rows as a view
-rows    = dispatch.rows      one loss for each row
-reduce(...)                  none, sum, mean
+Each puts its options into one value, asks tensor subclasses, and leaves the rest to
+:mod:`crossent.backends.dispatch`.
 """
 
 from __future__ import annotations

@@ -218,9 +218,7 @@ def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
     """The gradient for a grad_output of each row, or one for all of them."""
     source, target, weight, sample_weight, saved = ctx.saved_tensors
     axis = ctx.axis
-    if torch.is_grad_enabled() or not plain(
-        grad_output
-    ):  # it will be differentiated, or is batched
+    if torch.is_grad_enabled() or not plain(grad_output):  # differentiated again, or batched
         return _differentiable_gradient(ctx, source, grad_output, target, sample_weight, weight)
     rows: Tensor = source.detach().movedim(axis, -1)
     inputs = (target, weight, sample_weight, saved, *ctx.options)

@@ -36,11 +36,11 @@ def pull(
     function: Callable[..., tuple[Tensor, ...]],
     tensors: MaybeTensors,
     needed: tuple[bool, ...],
-    grad_output: MaybeTensors,
+    grad_outputs: MaybeTensors,
 ) -> tuple[Tensor, ...]:
     """The gradients of ``function(*tensors)`` by those tensors that are needed.
 
-    ``grad_output`` has a gradient, or None, for each of the first outputs. The result can be
+    ``grad_outputs`` has a gradient, or None, for each of the first outputs. The result can be
     differentiated where gradients are being recorded.
     """
     again = torch.is_grad_enabled()
@@ -53,7 +53,7 @@ def pull(
         sources = [t for t, wanted in zip(own, needed, strict=True) if wanted and t is not None]
         pairs = [
             (value, above)
-            for value, above in zip(function(*own), grad_output, strict=False)
+            for value, above in zip(function(*own), grad_outputs, strict=False)
             if above is not None and value.requires_grad
         ]
         if not pairs:
@@ -106,8 +106,8 @@ class RowMap(NamedTuple):
 
         def call(*tensors: Tensor | None) -> tuple[Tensor, ...]:
             above = iter(tensors[count:])
-            grad_output = tuple(next(above) if g else None for g in given)
-            return pull(core, tensors[:count], needed, grad_output)
+            grad_outputs = tuple(next(above) if g else None for g in given)
+            return pull(core, tensors[:count], needed, grad_outputs)
 
         rows = self.gives_rows or (True,) * len(given)
         above_by_row = tuple(row for row, g in zip(rows, given, strict=True) if g)
@@ -149,14 +149,14 @@ class _ByBlocks(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, *grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients, each block again."""
         needed = ctx.needs_input_grad[1:]
-        given = tuple(u is not None for u in grad_output)
+        given = tuple(u is not None for u in grad_outputs)
         tensors = ctx.saved_tensors  # autograd's checks run, whatever is used of them
         if not any(given):
             return (None,) * (1 + len(needed))
-        above = (u for u in grad_output if u is not None)
+        above = (u for u in grad_outputs if u is not None)
         found = iter(by_blocks(ctx.function.pullback(needed, given), *tensors, *above))
         return (None, *(next(found) if wanted else None for wanted in needed))
 

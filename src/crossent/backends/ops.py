@@ -26,7 +26,7 @@ a class nor ignored; the loss of such a row is nan.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -62,7 +62,9 @@ class KernelOptions(NamedTuple):
         return Options(**{**self._asdict(), "softcap": self.softcap or None}, dim=-1, **others)
 
 
-OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
+OPTIONS = ", ".join(
+    f"{kind.__name__} {name}" for name, kind in get_type_hints(KernelOptions).items()
+)
 _FACTORS = "Tensor? weight, Tensor? sample_weight"
 
 library = torch.library.Library("crossent", "DEF")
@@ -173,10 +175,10 @@ def _sparsify(gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("crossent::csr_matmul", lib=library)
-def _gather(start: Tensor, column: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+def _csr_matmul(start: Tensor, column: Tensor, value: Tensor, weight: Tensor) -> Tensor:
     return value.new_empty(start.shape[0] - 1, weight.shape[1])
 
 
 @torch.library.register_fake("crossent::csr_matmul_add_", lib=library)
-def _scatter_(*_: Any) -> None:
+def _csr_matmul_add_(*_: Any) -> None:
     return None

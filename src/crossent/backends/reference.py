@@ -15,7 +15,7 @@ from torch import Tensor
 from ..problem.rows import BY_ROW
 from .derivatives import RowMap, by_blocks, rows_at_once
 from .numerics import RowSummary, expected_nll, nll, row_entropy, soft_cap, summarise, times
-from .results import Rows, Stats
+from .results import FILL_VALUES, Rows, Stats
 
 if TYPE_CHECKING:
     from ..problem.rows import Logits, Problem, Selection
@@ -103,7 +103,7 @@ def target_rank(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]
     if classes == 1:
         runner_up = torch.full_like(runner_up, -1)
     fill_values = ((rank, 0), (runner_up, -1), (best, 0))
-    rank, runner_up, best = (values.masked_fill(unknown, blank) for values, blank in fill_values)
+    rank, runner_up, best = (values.masked_fill(unknown, fill) for values, fill in fill_values)
     return rank, runner_up, best
 
 
@@ -215,11 +215,15 @@ def _uniform(z: Tensor) -> Tensor:
 @torch.no_grad()
 def _statistics(z: Tensor, row: RowSummary, target: Tensor, plain: Tensor, valid: Tensor) -> Stats:
     label = target.argmax(-1) if target.is_floating_point() else target
-    return Stats(
-        lse=torch.where(valid, row.lse.detach(), 0.0),
-        target_log_prob=torch.where(valid, -plain.detach(), 0.0),
-        entropy=torch.where(valid, row_entropy(z.detach(), row).detach(), 0.0),
-        argmax=torch.where(valid, row.top, -1),
-        correct=(row.top == label) & valid,
+    found = Stats(
+        lse=row.lse,
+        target_log_prob=-plain,
+        entropy=row_entropy(z.detach(), row),
+        argmax=row.top,
+        correct=row.top == label,
         valid=valid,
+    )
+    _, *fill_values = FILL_VALUES
+    return Stats(
+        *(torch.where(valid, v.detach(), fill) for v, fill in zip(found, fill_values, strict=True))
     )

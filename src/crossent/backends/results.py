@@ -46,7 +46,7 @@ def lengthen(loss: Tensor, stats: Stats | None, cut: int) -> Tensor | tuple[Tens
     """What the caller gets: rows with the ``cut`` positions that have no target at their end."""
     values = (loss, *(stats or ()))
     long = [
-        torch.cat([v, v.new_full((*v.shape[:-1], cut), blank)], -1) if cut and v.dim() else v
-        for v, blank in zip(values, FILL_VALUES, strict=False)
+        torch.cat([v, v.new_full((*v.shape[:-1], cut), fill)], -1) if cut and v.dim() else v
+        for v, fill in zip(values, FILL_VALUES, strict=False)
     ]
     return (long[0], Stats(*long[1:])) if stats else long[0]

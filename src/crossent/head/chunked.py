@@ -118,8 +118,8 @@ class _Work:
         if not self.outputs:
             rows = self.head.input.shape[0]
             self.outputs = [
-                v.new_full((rows, *v.shape[1:]), blank)
-                for v, blank in zip(values, fill_values, strict=False)
+                v.new_full((rows, *v.shape[1:]), fill)
+                for v, fill in zip(values, fill_values, strict=False)
             ]
         for whole, value in zip(self.outputs, values, strict=True):
             whole[place] = value

@@ -13,7 +13,7 @@ from .linear_head import Head
 from .row_functions import LossRows, RowFunction
 
 
-def row_values(
+def compute_rows(
     head: Head, function: RowFunction, chunk_rows: int | None, uniform: bool = False
 ) -> tuple[Tensor, ...]:
     """The outputs of ``function`` for each row; with ``uniform`` maybe the sum of the first.

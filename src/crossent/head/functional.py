@@ -1,9 +1,9 @@
 """The fused head: features and a weight go in, loss comes out, logits never exist at once.
 
-problem  = prepare(...)         checked against logits that have a shape and no memory
-function = LossRows(...)     what is wanted of each row
-rows     = chunked_pass(...)        logits in chunks, gradients of input and weight with them
-reduce(...)                  none, sum, mean
+problem  = prepare_features(...)   checked against logits that have a shape and no memory
+function = LossRows(...)           what is wanted of each row
+rows     = compute_rows(...)       logits in chunks, gradients of input and weight with them
+reduce(...)                        none, sum, mean
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..problem.features import prepare_features
 from ..problem.options import Backend, Empty, GradientMode, Options, Reduction, check_scalar
 from ..problem.rows import Problem
 from .chunk_plan import check_chunk_rows
-from .dispatch import row_values
+from .dispatch import compute_rows
 from .linear_head import Head, flatten
 from .row_functions import LossRows
 from .sparse import MODES, Sparsification
@@ -159,7 +159,7 @@ def linear_cross_entropy(
     sparsification = _sparsification(gradient_tolerance, gradient_mode)
     function = LossRows(problem.flat(), sparsification, neighbours=linear_weight.stride(-1) == 1)
     uniform = chosen.reduction != "none" or denominator is not None
-    loss, *stats = row_values(head, function, chunk_rows, uniform)
+    loss, *stats = compute_rows(head, function, chunk_rows, uniform)
     return _reduced(loss, stats, problem, denominator)
 
 

@@ -16,7 +16,7 @@ from ..problem.features import check_features, logits_like
 from ..problem.options import Backend, Options
 from ..problem.preparation import prepare_logits, prepare_selection
 from .chunk_plan import check_chunk_rows
-from .dispatch import row_values
+from .dispatch import compute_rows
 from .linear_head import Head, flatten
 from .row_functions import EntropyRows, LogProbRows
 
@@ -92,7 +92,7 @@ def linear_log_prob(
         )
     else:
         chosen = chosen.reshape(head.input.shape[0], classes)
-        values = row_values(head, LogProbRows(selection._replace(chosen=chosen)), chunk_rows)[0]
+        values = compute_rows(head, LogProbRows(selection._replace(chosen=chosen)), chunk_rows)[0]
     return values.reshape(index.shape).to(selection.logits.result_dtype)
 
 
@@ -155,5 +155,5 @@ def linear_entropy(
             backend=backend,
         )
     else:
-        values = row_values(head, EntropyRows(logits), chunk_rows)[0]
+        values = compute_rows(head, EntropyRows(logits), chunk_rows)[0]
     return values.reshape(input.shape[:-1]).to(logits.result_dtype)

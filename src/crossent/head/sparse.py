@@ -1,6 +1,6 @@
 """Sparsified gradients: a few entries stand for all, exactly bounded or exact on average.
 
-In a row of the logits' gradient with the scale s (the grad_output times the row's mass:
+In a row of the logits' gradient with the scale s (the grad_output times the row's weight:
 entries divided by s are probabilities), and with the tolerance tau:
 
 bounded   the smallest entries are dropped, as long as they add up to at most tau s
