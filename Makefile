@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup browser demo test fuzz bench docs wheel sanitize clean
+.PHONY: help setup browser clang demo test fuzz bench docs wheel sanitize clean
 
 help:
 	@echo "make demo   train a digits classifier with crossent, beside PyTorch's loss"
@@ -32,15 +32,22 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 demo: setup
 	$(BIN)/python examples/digits.py
 
+# The kernels are tested with clang beside GCC, from Debian's packages where there is none yet.
+clang:
+	@command -v clang++ >/dev/null || { \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends clang; \
+	} >/dev/null 2>&1 || echo "NO CLANG COULD BE INSTALLED: the kernels are tested with GCC alone"
+
 # Pages are tested in a real browser, from Debian's packages where there is none yet.
 browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
 	} >/dev/null 2>&1 || echo "NO BROWSER COULD BE INSTALLED: the tests of the pages will be skipped"
 
-test: setup browser
+test: setup browser clang
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/backends/contracts.cpp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
@@ -72,6 +79,7 @@ sanitize: setup
 quick: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/backends/contracts.cpp
 	$(MAKE) --jobs 2 --no-print-directory quick-types quick-tests
 
 quick-types: setup

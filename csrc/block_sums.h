@@ -167,9 +167,8 @@ template <class T>
 CROSSENT_INLINE BlockGap<T> block_gap(const T* z, const T* y, const T* w, int n, T m,
                                       bool finite_only) {
   using W = Accumulator<T>;
-  BlockGap<T> sum = !y && !w
-                        ? narrow_gap<T, true>(z, nullptr, nullptr, n, m, true)
-                        : narrow_gap<T, false>(z, y, w, n, m, finite_only);
+  BlockGap<T> sum = !y && !w ? narrow_gap<T, true>(z, nullptr, nullptr, n, m, true)
+                             : narrow_gap<T, false>(z, y, w, n, m, finite_only);
   if (std::isfinite(sum.gap) && std::isfinite(sum.weight)) return sum;
   sum.weight = sum.gap = 0;
   for (int i = 0; i < n; ++i) {
@@ -193,16 +192,16 @@ template <class T>
 struct RowState {
   using W = Accumulator<T>;
   T m = -std::numeric_limits<T>::infinity();
-  W rest = 0;               // sum of exp(z - m) without the maximum
-  W moment = 0;             // sum of exp(z - m) (m - z)
+  W rest = 0;    // sum of exp(z - m) without the maximum
+  W moment = 0;  // sum of exp(z - m) (m - z)
   // The sums of a and of a (m - z) for targets that are probabilities; the same without class
   // weights, for statistics; and for a uniform target, for label smoothing.
   W target_weight = 0, target_gap = 0;
   W probability_mass = 0, probability_gap = 0;
   W uniform_weight = 0, uniform_gap = 0;
-  double unmasked = 0;      // classes that are not -inf
+  double unmasked = 0;  // classes that are not -inf
   bool nan = false;
-  int64_t top_block = -1;   // where the block of the maximum begins; -1: unknown
+  int64_t top_block = -1;  // where the block of the maximum begins; -1: unknown
 
   // A new maximum: everything is measured from there. In W, for a row may raise it in every block,
   // and a factor that is off by the same in each would add up.

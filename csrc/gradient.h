@@ -13,14 +13,14 @@ namespace crossent::CROSSENT_ISA {
 // What the entries of a row's gradient share. X is a number, or a vector of one number a row.
 template <class X>
 struct GradientFactors {
-  X m, inverse, rest_share;        // the maximum, 1 / (1 + rest), rest / (1 + rest)
-  X target_weight, tilt, scale;    // A, 2 z_loss lse, grad_output times sample weight
-  X uniform, keep;                 // eps / unmasked classes, 1 - eps
-  X uniform_weight;                // sum of the class weights that are unmasked
+  X m, inverse, rest_share;      // the maximum, 1 / (1 + rest), rest / (1 + rest)
+  X target_weight, tilt, scale;  // A, 2 z_loss lse, grad_output times sample weight
+  X uniform, keep;               // eps / unmasked classes, 1 - eps
+  X uniform_weight;              // sum of the class weights that are unmasked
 
   CROSSENT_INLINE GradientFactors<double> in_double() const {
-    return {double(m),    double(inverse), double(rest_share), double(target_weight), double(tilt),
-            double(scale), double(uniform), double(keep),      double(uniform_weight)};
+    return {double(m),     double(inverse), double(rest_share), double(target_weight), double(tilt),
+            double(scale), double(uniform), double(keep),       double(uniform_weight)};
   }
 };
 
@@ -73,8 +73,8 @@ struct GradientFormula {
 template <class X>
 CROSSENT_INLINE X target_gradient(const GradientFactors<X>& g, X probability, X others, X w,
                                   X smoothing) {
-  return g.scale * ((g.uniform * g.uniform_weight + g.tilt) * probability - g.keep * w * others -
-                    smoothing);
+  return g.scale *
+         ((g.uniform * g.uniform_weight + g.tilt) * probability - g.keep * w * others - smoothing);
 }
 
 }  // namespace crossent::CROSSENT_ISA

@@ -8,9 +8,7 @@
 namespace crossent::CROSSENT_ISA {
 
 CROSSENT_INLINE double to_double(int64_t x) { return double(x); }
-CROSSENT_INLINE V<double> to_double(I<double> x) {
-  return __builtin_convertvector(x, V<double>);
-}
+CROSSENT_INLINE V<double> to_double(I<double> x) { return __builtin_convertvector(x, V<double>); }
 
 // log1p(x) for x >= 0, or nan; X is double, or a vector of doubles, and Int the integers of its
 // size. Error < 2^-26, without a call: through log(u) = e ln 2 + 2 atanh(f / (2 + f)) for

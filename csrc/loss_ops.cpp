@@ -139,7 +139,10 @@ ForwardTuple forward(const Tensor& logits, const Tensor& target, const MaybeTens
                      const MaybeTensor& sample_weight, bool compute_in_float64,
                      int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
                      double logit_scale, bool stats) {
-  const LossInputs in{logits, target, weight, sample_weight,
+  const LossInputs in{logits,
+                      target,
+                      weight,
+                      sample_weight,
                       {ignore_index, label_smoothing, z_loss, softcap, logit_scale, stats}};
   return with_dtype(compute_in_float64, [&](auto zero) {
     return forward_rows(logits, problem_of<decltype(zero)>(in)).tuple();
@@ -149,7 +152,10 @@ ForwardTuple forward(const Tensor& logits, const Tensor& target, const MaybeTens
 TotalTuple total(const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                  const MaybeTensor& sample_weight, bool compute_in_float64, int64_t ignore_index,
                  double label_smoothing, double z_loss, double softcap, double logit_scale) {
-  const LossInputs in{logits, target, weight, sample_weight,
+  const LossInputs in{logits,
+                      target,
+                      weight,
+                      sample_weight,
                       {ignore_index, label_smoothing, z_loss, softcap, logit_scale, false}};
   const Total out = with_dtype(compute_in_float64, [&](auto zero) {
     return forward_total(logits, problem_of<decltype(zero)>(in));
@@ -161,7 +167,10 @@ Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& t
                 const MaybeTensor& weight, const MaybeTensor& sample_weight, const Tensor& saved,
                 int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
                 double logit_scale) {
-  const LossInputs in{logits, target, weight, sample_weight,
+  const LossInputs in{logits,
+                      target,
+                      weight,
+                      sample_weight,
                       {ignore_index, label_smoothing, z_loss, softcap, logit_scale, false}};
   Tensor gradient = torch::stable::empty_like(logits);
   advise_huge_pages(gradient);
@@ -173,7 +182,10 @@ void backward_(Tensor logits, const Tensor& grad_output, const Tensor& target,
                const MaybeTensor& weight, const MaybeTensor& sample_weight, const Tensor& saved,
                int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
                double logit_scale) {
-  const LossInputs in{logits, target, weight, sample_weight,
+  const LossInputs in{logits,
+                      target,
+                      weight,
+                      sample_weight,
                       {ignore_index, label_smoothing, z_loss, softcap, logit_scale, false}};
   backward_into(logits, grad_output, in, saved);
 }

@@ -82,12 +82,12 @@ template <class T>
 struct Problem {
   int64_t classes;
   Tensor2 logits;
-  Tensor2 probabilities;        // data null: targets are indices
+  Tensor2 probabilities;  // data null: targets are indices
   Tensor1<const int64_t> index;
-  const T* weight = nullptr;    // class weights
+  const T* weight = nullptr;  // class weights
   Tensor1<const T> sample_weight;
   Options options;
-  int64_t rows;                 // how many there are
+  int64_t rows;  // how many there are
   // Outputs of forward, contiguous: one number a row, loss and denominator_weight from row `first`
   // on; of what is saved, first all the maxima, then all the rests, and so on. Statistics null
   // where not wanted.

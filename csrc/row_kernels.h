@@ -202,8 +202,7 @@ CROSSENT_INLINE void gradient_block(const ClassBlock<T>& b, const GradientFactor
   const bool mapped = p.mapped();
   const auto step = [&](V<T> z, V<T> stored, V<T> w, V<T> y) CROSSENT_INLINE_LAMBDA {
     const V<T> e = origin.template exp<kFar>(z) * Exp<T>::kUnscale;
-    const V<T> r =
-        kIndex ? formula.for_index(z, e, w) : formula.for_probabilities(z, e, w, y);
+    const V<T> r = kIndex ? formula.for_index(z, e, w) : formula.for_probabilities(z, e, w, y);
     return mapped ? r * map_slope<T>(stored, p.options) : r;
   };
   const V<T> one = splat(T(1));
@@ -220,11 +219,12 @@ CROSSENT_INLINE void gradient_block(const ClassBlock<T>& b, const GradientFactor
   }
   if (i == n) return;
   if (n < L)
-    store(out, n, step(last, last_stored, b.w ? load(b.w, n, T(0)) : one,
-                       kIndex ? one : load(b.y, n, T(0))));
+    store(
+        out, n,
+        step(last, last_stored, b.w ? load(b.w, n, T(0)) : one, kIndex ? one : load(b.y, n, T(0))));
   else
-    store(out + tail, step(last, last_stored, b.w ? load(b.w + tail) : one,
-                           kIndex ? one : load(b.y + tail)));
+    store(out + tail,
+          step(last, last_stored, b.w ? load(b.w + tail) : one, kIndex ? one : load(b.y + tail)));
 }
 
 // What the entries of a row's gradient share, from what forward saved.
@@ -240,8 +240,9 @@ CROSSENT_INLINE GradientFactors<T> gradient_factors(const Problem<T>& p, int64_t
   if (o.z_loss != 0) g.tilt = T(2 * o.z_loss * (double(g.m) + log1p_(T(), rest)));
   if (p.one_hot()) {
     const bool wrong = target < 0 || target >= p.classes;
-    g.target_weight =
-        wrong ? std::numeric_limits<T>::quiet_NaN() : p.weight ? p.weight[target] : T(1);
+    g.target_weight = wrong      ? std::numeric_limits<T>::quiet_NaN()
+                      : p.weight ? p.weight[target]
+                                 : T(1);
   } else {
     g.target_weight = p.saved_at(row, kTargetWeight);
     if (o.label_smoothing != 0) {

@@ -47,7 +47,9 @@ struct Points {
   uint64_t seed, row, count = 0, stream;
 
   Points(double step, uint64_t seed, uint64_t row, uint64_t stream)
-      : step(step), seed(seed), row(row), stream(stream) { place(); }
+      : step(step), seed(seed), row(row), stream(stream) {
+    place();
+  }
   void place() { next = (double(count) + uniform(seed, row, 2 * count + stream)) * step; }
   bool reached(double size) const { return passed + size >= next; }
   // How many points lie in the next stretch.
@@ -132,9 +134,7 @@ int64_t sparsify_bounded(const GradientRow<T>& g, double most, int64_t limit, CS
     double sum = 0;
     int64_t count = 0;
   };
-  const auto bucket = [](T x) {
-    return size_t((bits<Bits>(x) & (~Bits(0) >> 1)) >> kShift);
-  };
+  const auto bucket = [](T x) { return size_t((bits<Bits>(x) & (~Bits(0) >> 1)) >> kShift); };
   std::vector<Bucket> buckets(size_t(1) << (8 * sizeof(T) - 1 - kShift));
   for (int64_t c = 0; c < g.classes; ++c) {
     if (c == g.target || g.entry[c] == 0) continue;
@@ -155,7 +155,7 @@ int64_t sparsify_bounded(const GradientRow<T>& g, double most, int64_t limit, CS
 // out += value[0] row(column[0]) + value[1] row(column[1]) + ..., four rows at a time.
 template <class T, class Row>
 inline void add_rows(const int32_t* column, const T* value, int64_t n, int64_t features, Row row,
-                    T* out) {
+                     T* out) {
   int64_t k = 0;
   for (; k + 4 <= n; k += 4) {
     const auto a = row(column[k]), b = row(column[k + 1]), c = row(column[k + 2]),

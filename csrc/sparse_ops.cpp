@@ -149,8 +149,9 @@ void csr_matmul_rows(const CSRView<T>& g, const Tensor& weight, const Tensor& ou
       for (int64_t r = begin; r < end; ++r) {
         T* row = to + r * features;
         std::fill(row, row + features, T(0));
-        sparse::add_rows(g.column + g.start[r], g.value + g.start[r], g.start[r + 1] - g.start[r],
-                         features, [&](int32_t c) { return w + c * stride; }, row);
+        sparse::add_rows(
+            g.column + g.start[r], g.value + g.start[r], g.start[r + 1] - g.start[r], features,
+            [&](int32_t c) { return w + c * stride; }, row);
       }
     });
   });
@@ -159,12 +160,11 @@ void csr_matmul_rows(const CSRView<T>& g, const Tensor& weight, const Tensor& ou
 // A sparse gradient (n, V), times a weight (V, D).
 Tensor csr_matmul(const Tensor& start, const Tensor& column, const Tensor& value,
                   const Tensor& weight) {
-  const Tensor out = torch::stable::new_empty(
-      value, {start.numel() - 1, weight.size(1)}, value.scalar_type());
+  const Tensor out =
+      torch::stable::new_empty(value, {start.numel() - 1, weight.size(1)}, value.scalar_type());
   if (value.scalar_type() == ScalarType::Double)
     csr_matmul_rows(CSRView<double>(start, column, value), weight, out);
-  else
-    csr_matmul_rows(CSRView<float>(start, column, value), weight, out);
+  else csr_matmul_rows(CSRView<float>(start, column, value), weight, out);
   return out;
 }
 
@@ -195,13 +195,12 @@ void csr_matmul_add_rows(const Tensor& dweight, const CSRView<T>& g, const Tenso
 // dweight (V, D) += a sparse gradient (n, V), transposed, times x (n, D).
 void csr_matmul_add_(Tensor dweight, const Tensor& start, const Tensor& column, const Tensor& value,
                      const Tensor& x) {
-  STD_TORCH_CHECK(x.stride(1) == 1 && dweight.stride(1) == 1 &&
-                      dweight.stride(0) == dweight.size(1),
-                  "crossent: expected neighbouring features");
+  STD_TORCH_CHECK(
+      x.stride(1) == 1 && dweight.stride(1) == 1 && dweight.stride(0) == dweight.size(1),
+      "crossent: expected neighbouring features");
   if (value.scalar_type() == ScalarType::Double)
     csr_matmul_add_rows(dweight, CSRView<double>(start, column, value), x);
-  else
-    csr_matmul_add_rows(dweight, CSRView<float>(start, column, value), x);
+  else csr_matmul_add_rows(dweight, CSRView<float>(start, column, value), x);
 }
 
 }  // namespace

@@ -82,19 +82,23 @@ template <class T, class F>
 CROSSENT_INLINE void with_storage(const Tensor2& t, F f) {
   switch (t.dtype) {
     case Dtype::kFloat32:
-      return f(static_cast<float*>(t.data), [](float x) CROSSENT_INLINE_LAMBDA { return T(x); },
-               [](T x) CROSSENT_INLINE_LAMBDA { return float(x); });
+      return f(
+          static_cast<float*>(t.data), [](float x) CROSSENT_INLINE_LAMBDA { return T(x); },
+          [](T x) CROSSENT_INLINE_LAMBDA { return float(x); });
     case Dtype::kFloat64:
-      return f(static_cast<double*>(t.data), [](double x) CROSSENT_INLINE_LAMBDA { return T(x); },
-               [](T x) CROSSENT_INLINE_LAMBDA { return double(x); });
+      return f(
+          static_cast<double*>(t.data), [](double x) CROSSENT_INLINE_LAMBDA { return T(x); },
+          [](T x) CROSSENT_INLINE_LAMBDA { return double(x); });
     case Dtype::kBFloat16:
-      return f(static_cast<uint16_t*>(t.data),
-               [](uint16_t h) CROSSENT_INLINE_LAMBDA { return T(from_bfloat16(h)); },
-               [](T x) CROSSENT_INLINE_LAMBDA { return to_bfloat16(float(x)); });
+      return f(
+          static_cast<uint16_t*>(t.data),
+          [](uint16_t h) CROSSENT_INLINE_LAMBDA { return T(from_bfloat16(h)); },
+          [](T x) CROSSENT_INLINE_LAMBDA { return to_bfloat16(float(x)); });
     case Dtype::kFloat16:
-      return f(static_cast<uint16_t*>(t.data),
-               [](uint16_t h) CROSSENT_INLINE_LAMBDA { return T(from_float16(h)); },
-               [](T x) CROSSENT_INLINE_LAMBDA { return to_float16(float(x)); });
+      return f(
+          static_cast<uint16_t*>(t.data),
+          [](uint16_t h) CROSSENT_INLINE_LAMBDA { return T(from_float16(h)); },
+          [](T x) CROSSENT_INLINE_LAMBDA { return to_float16(float(x)); });
   }
 }
 
@@ -232,7 +236,7 @@ struct Targets {
     for (int l = 0; l < L; ++l) {
       const bool inside = (raw[l] >= 0) & (raw[l] < classes), skipped = raw[l] == ignore_index;
       is_ignored[l] = Int(-int64_t(skipped));
-      at[l] = Int(inside & !skipped ? raw[l] : -1);
+      at[l] = Int((inside & !skipped) ? raw[l] : -1);
     }
     std::memcpy(&target, at, sizeof target);
     std::memcpy(&ignored, is_ignored, sizeof ignored);

@@ -100,15 +100,13 @@ CROSSENT_INLINE void sum_targets(const Problem<T>& p, int64_t row, int count, co
                                  TileState<T>& s) {
   const T lowest = -std::numeric_limits<T>::infinity();
   const int classes = int(p.classes);
-  const auto weight = [&](int c) CROSSENT_INLINE_LAMBDA {
-    return splat(p.weight ? p.weight[c] : T(1));
-  };
+  const auto weight = [&](int c)
+                          CROSSENT_INLINE_LAMBDA { return splat(p.weight ? p.weight[c] : T(1)); };
   if (!p.by_index()) {
     V<T> y[kMaxLaneClasses];
     read_tile(p.probabilities, Tile<T>(p.probabilities, row, count, p.rows, classes), classes, y);
-    s.target = lane_gap<T>(z, classes, s.m, s.needs_slow_path, [&](int c) CROSSENT_INLINE_LAMBDA {
-      return y[c] * weight(c);
-    });
+    s.target = lane_gap<T>(z, classes, s.m, s.needs_slow_path,
+                           [&](int c) CROSSENT_INLINE_LAMBDA { return y[c] * weight(c); });
     if (p.weight && p.options.stats)
       s.probability = lane_gap<T>(z, classes, s.m, s.needs_slow_path,
                                   [&](int c) CROSSENT_INLINE_LAMBDA { return y[c]; });
@@ -166,12 +164,9 @@ CROSSENT_NOINLINE void forward_tile(const Problem<T>& p, int64_t row, int count)
     return finish_tile(p, row, count, z, s);
   for (int l = 0; l < count; ++l) {
     const int64_t target = p.by_index() ? p.index(row + l) : 0;
-    if (s.needs_slow_path[l])
-      forward_row(p, row + l);
-    else if (p.by_index() && target == p.options.ignore_index)
-      skip_row(p, row + l);
-    else
-      finish_row(p, row + l, target, s.row(l));
+    if (s.needs_slow_path[l]) forward_row(p, row + l);
+    else if (p.by_index() && target == p.options.ignore_index) skip_row(p, row + l);
+    else finish_row(p, row + l, target, s.row(l));
   }
 }
 
@@ -201,8 +196,7 @@ struct TileFactors {
       }
     const V<T> saved_maximum = read_saved(p, row, count, kMaximum);
     const I<T> near = (saved_maximum <= Exp<T>::kFar) & (saved_maximum >= -Exp<T>::kFar);
-    needs_slow_path =
-        ~targets.ignored & ~(p.by_index() ? near & (targets.target >= 0) : near);
+    needs_slow_path = ~targets.ignored & ~(p.by_index() ? near & (targets.target >= 0) : near);
     const V<T> rest = read_saved(p, row, count, kRest);
     g.m = near ? saved_maximum : V<T>{};
     g.inverse = T(1) / (rest + T(1)), g.rest_share = rest * g.inverse;
@@ -224,8 +218,7 @@ CROSSENT_INLINE V<T> target_entries(const TileFactors<T>& factors, const Targets
   const V<T> w = factors.target_class_weight;
   const V<T> entry = target_gradient(g, probability, others, w, share * w);
   if (!slope) return entry;
-  return entry *
-         targets.look_up([&](int l, int c) CROSSENT_INLINE_LAMBDA { return slope[c][l]; });
+  return entry * targets.look_up([&](int l, int c) CROSSENT_INLINE_LAMBDA { return slope[c][l]; });
 }
 
 template <class T>
@@ -248,8 +241,8 @@ CROSSENT_NOINLINE void backward_tile(const Problem<T>& p, int64_t row, int count
   for (int c = 0; c < classes; ++c) {
     const V<T> w = splat(p.weight ? p.weight[c] : T(1));
     const V<T> e = origin.template exp<false>(z[c]) * Exp<T>::kUnscale;
-    V<T> r = p.by_index() ? formula.for_index(z[c], e, w)
-                          : formula.for_probabilities(z[c], e, w, y[c]);
+    V<T> r =
+        p.by_index() ? formula.for_index(z[c], e, w) : formula.for_probabilities(z[c], e, w, y[c]);
     if (mapped) r = r * slope[c];
     r = targets.target == Int(c) ? entry : r;
     result[c] = targets.ignored ? V<T>{} : r;

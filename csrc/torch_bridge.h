@@ -12,6 +12,10 @@
 #include <optional>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "problem.h"
 
 namespace {
@@ -108,6 +112,15 @@ auto with_dtype(bool compute_in_float64, F f) {
   return compute_in_float64 ? f(double()) : f(float());
 }
 
+#if defined(__x86_64__)
+// __builtin_cpu_supports does not know f16c in every compiler; bit 29 of ecx does. That the system
+// keeps the registers is what asking for avx2 beside it makes sure of.
+inline bool supports_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 // The kernels for this machine, or those that CROSSENT_ISA names (to test the others).
 const crossent::Kernels& kernels() {
   static const crossent::Kernels& chosen = []() -> const crossent::Kernels& {
@@ -120,7 +133,7 @@ const crossent::Kernels& kernels() {
         __builtin_cpu_supports("avx512vl"))
       return crossent::kAvx512;
     if ((any || name == "avx2") && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        __builtin_cpu_supports("fma") && supports_f16c())
       return crossent::kAvx2;
     STD_TORCH_CHECK(any || name == "portable",
                     "CROSSENT_ISA: expected portable, avx2 or avx512, and a machine that has it, "

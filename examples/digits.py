@@ -196,16 +196,16 @@ def draw_row(pixels: Tensor, logits: Tensor, target: Tensor) -> Figure:
 
 
 def draw_bars(axes: Axes, steps: crossent.Steps) -> None:
-    """Three bars for each class: o, y and o - y."""
-    o, gradient = steps.softmax[0].numpy(), steps.gradient[0].numpy()
+    """Three bars for each class: p, y and p - y."""
+    p, gradient = steps.softmax[0].numpy(), steps.gradient[0].numpy()
     y = np.eye(CLASSES)[int(steps.target[0])]
     width, classes = 0.27, np.arange(CLASSES)
-    axes.bar(classes - width, o, width, color=BLUE, label="softmax o")
+    axes.bar(classes - width, p, width, color=BLUE, label="softmax p")
     axes.bar(classes, y, width, color=GREEN, hatch="//", edgecolor="white", label="target y")
-    axes.bar(classes + width, gradient, width, color=ORANGE, label="gradient o - y")
+    axes.bar(classes + width, gradient, width, color=ORANGE, label="gradient p - y")
     axes.axhline(0, color=BLACK, linewidth=0.8)
     axes.set(xlabel="class", ylabel="probability; gradient of the loss", xticks=classes)
-    axes.set_title(f"loss = -ln o[{int(steps.target[0])}] = {float(steps.nll[0]):.3f} nats")
+    axes.set_title(f"loss = -ln p[{int(steps.target[0])}] = {float(steps.nll[0]):.3f} nats")
     axes.legend()
 
 

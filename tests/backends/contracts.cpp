@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "tile_kernels.h"
 #include "sparse.h"
+#include "tile_kernels.h"
 
 namespace ours = crossent::CROSSENT_ISA;
 using ours::Exp;
@@ -61,8 +61,7 @@ void exponential(const char* what, Maker make) {
     const long double gap = (long double)m - (long double)z;
     if (gap <= largest)
       check(ulps(got, std::exp(-gap)) < 2, what, double(got), double(std::exp(-gap)));
-    else
-      check(got >= 0 && got <= std::exp(-largest), what, double(got), 0);
+    else check(got >= 0 && got <= std::exp(-largest), what, double(got), 0);
     const T seen = origin.template gap<true>(ours::splat(z))[0];
     check(seen == std::fmin(T(gap), -Exp<T>::kLow), "gap", double(seen), double(gap));
   }
@@ -80,7 +79,7 @@ void exponential(const char* what, Maker make) {
   check(low >= 0 && low < std::numeric_limits<T>::min(), what, double(low), 0);
   const T not_a_number = origin.template exp<false>(ours::splat(nan))[0];
   check(not_a_number != not_a_number, what, double(not_a_number), double(nan));
-  }
+}
 
 void hyperbolic_tangent() {
   for (int i = 0; i < 200000; ++i) {
@@ -106,8 +105,8 @@ void slope() {
   for (int i = 0; i < 200000; ++i) {
     crossent::Options o;
     o.softcap = uniform(1, 50), o.logit_scale = std::exp2(uniform(-20, 20)) * (i % 7 ? 1 : -1);
-    const T z = T(uniform(-end, end) * std::exp2(i % 2 ? 0 : uniform(-20, 0)) * o.softcap /
-                  o.logit_scale);
+    const T z =
+        T(uniform(-end, end) * std::exp2(i % 2 ? 0 : uniform(-20, 0)) * o.softcap / o.logit_scale);
     const long double e = std::exp(-2 * std::fabs((long double)z * o.logit_scale / o.softcap));
     const long double wanted = o.logit_scale * 4 * e / ((1 + e) * (1 + e));
     if (std::fabs(wanted) < std::numeric_limits<T>::min()) continue;
@@ -138,28 +137,39 @@ void logarithm() {
   }
 }
 
+// What float16 means, without the compiler's own type, which not every compiler has.
+float value_of_float16(uint32_t h) {
+  const int sign = h >> 15 ? -1 : 1, exponent = h >> 10 & 31, fraction = h & 1023;
+  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+  return sign * (exponent ? std::ldexp(1024.0f + fraction, exponent - 25)
+                          : std::ldexp(float(fraction), -24));
+}
+
+// The float16 number nearest to x, ties to even.
+float nearest_float16(float x) {
+  const float size = std::fabs(x);
+  if (size >= 65520) return std::copysign(INFINITY, x);
+  const float ulp = std::ldexp(1.0f, std::max(size > 0 ? std::ilogb(size) : -14, -14) - 10);
+  return std::copysign(std::nearbyint(size / ulp) * ulp, x);
+}
+
 void halves() {
   for (uint32_t h = 0; h < 65536; ++h) {
     const float wide = crossent::from_float16(uint16_t(h));
-    _Float16 same;
-    const uint16_t bits = uint16_t(h);
-    std::memcpy(&same, &bits, 2);
-    const float wanted = float(same);
+    const float wanted = value_of_float16(h);
     const bool nan = wanted != wanted;
     check(nan ? wide != wide : wide == wanted, "from float16", wide, wanted);
     check(nan || crossent::to_float16(wide) == h, "to float16", crossent::to_float16(wide), h);
     const crossent::Float16 stored{uint16_t(h)};
-    check(nan ? float(stored) != float(stored) : float(stored) == wanted, "Float16",
-          float(stored), wanted);
+    check(nan ? float(stored) != float(stored) : float(stored) == wanted, "Float16", float(stored),
+          wanted);
     const float brain = crossent::from_bfloat16(uint16_t(h));
     check(brain != brain || crossent::to_bfloat16(brain) == h, "bfloat16", brain, brain);
   }
   for (int i = 0; i < 200000; ++i) {  // rounding to nearest, ties to even
     const float x = float(uniform(-1, 1) * std::exp2(uniform(-30, 18)));
-    const _Float16 rounded = _Float16(x);
-    uint16_t bits;
-    std::memcpy(&bits, &rounded, 2);
-    check(crossent::to_float16(x) == bits, "rounding to float16", crossent::to_float16(x), bits);
+    const float got = value_of_float16(crossent::to_float16(x)), wanted = nearest_float16(x);
+    check(got == wanted, "rounding to float16", got, wanted);
   }
 }
 
@@ -380,18 +390,14 @@ void transposed() {
 }
 
 int main() {
-  exponential<float, ours::Origin<float>>("exp, float", [](float m) {
-    return ours::Origin<float>(m);
-  });
-  exponential<float, ours::Origin<float>>("exp, float, lanes", [](float m) {
-    return ours::Origin<float>(ours::splat(m));
-  });
-  exponential<float, ours::TwoSum<float>>("exp, float, two-sum", [](float m) {
-    return ours::TwoSum<float>(ours::splat(m));
-  });
-  exponential<double, ours::Origin<double>>("exp, double", [](double m) {
-    return ours::Origin<double>(m);
-  });
+  exponential<float, ours::Origin<float>>("exp, float",
+                                          [](float m) { return ours::Origin<float>(m); });
+  exponential<float, ours::Origin<float>>(
+      "exp, float, lanes", [](float m) { return ours::Origin<float>(ours::splat(m)); });
+  exponential<float, ours::TwoSum<float>>(
+      "exp, float, two-sum", [](float m) { return ours::TwoSum<float>(ours::splat(m)); });
+  exponential<double, ours::Origin<double>>("exp, double",
+                                            [](double m) { return ours::Origin<double>(m); });
   hyperbolic_tangent();
   slope<float>();
   slope<double>();

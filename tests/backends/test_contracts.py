@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[2]
 FUSED = ("-DCROSSENT_FMA", "-DCROSSENT_F16C")  # as csrc/kernel_table.h says
@@ -19,10 +20,12 @@ SETS = {  # flags, bytes of a vector, what torch calls machines that have it
 }
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
 @pytest.mark.parametrize("name", SETS)
-def test_contracts(name, tmp_path):
+def test_contracts(name, compiler, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
     flags, size, machines = SETS[name]
     if torch.backends.cpu.get_cpu_capability() not in machines:
         pytest.skip(f"this machine has no {name}")
@@ -30,6 +33,18 @@ def test_contracts(name, tmp_path):
     defines = (f"-DCROSSENT_ISA={name}", f"-DCROSSENT_VECTOR_BYTES={size}")
     source = Path(__file__).parent / "contracts.cpp"
     options = ("-std=c++20", "-O2", "-fno-math-errno", "-Wno-psabi", f"-I{ROOT / 'csrc'}")
-    subprocess.run(["g++", *options, *flags, *defines, str(source), "-o", str(program)], check=True)
+    command = [compiler, *options, *flags, *defines, str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
+@pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*.cpp")), ids=lambda path: path.stem)
+def test_clang_compiles_what_gcc_does(source):
+    """Every file, pragmas and built-in functions too; clang is all there is on macOS."""
+    torchs = [f"-isystem{path}" for path in include_paths()]
+    options = ("-std=c++20", "-Wall", "-Werror", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    command = ["clang++", *options, *torchs, "-fsyntax-only", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:2000]

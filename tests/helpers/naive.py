@@ -265,9 +265,9 @@ def naive_softmax(logits: Tensor, dim: int = -1) -> Tensor:
 
 
 def naive_jacobian(logits: Tensor, target: Tensor | None = None) -> Tensor:
-    """diag(o) - o o^T, times the mass of probability targets, 0 without a target."""
-    o = naive_softmax(logits)
-    h = rounded(torch.diag_embed(o)) - rounded(o.unsqueeze(-1) * o.unsqueeze(-2))
+    """diag(p) - p p^T, times the mass of probability targets, 0 without a target."""
+    p = naive_softmax(logits)
+    h = rounded(torch.diag_embed(p)) - rounded(p.unsqueeze(-1) * p.unsqueeze(-2))
     if target is None:
         return h
     if target.is_floating_point():
@@ -277,13 +277,13 @@ def naive_jacobian(logits: Tensor, target: Tensor | None = None) -> Tensor:
 
 def naive_gradient(logits: Tensor, target: Tensor) -> Tensor:
     """Mass of the target times prediction, minus target."""
-    o = naive_softmax(logits)
+    p = naive_softmax(logits)
     if target.is_floating_point():
         y = target.double()
-        return rounded(y.sum(-1, keepdim=True) * o) - y
+        return rounded(y.sum(-1, keepdim=True) * p) - y
     y = F.one_hot(target.to(torch.int64).clamp(min=0), logits.shape[-1]).double()
-    g = rounded(o) - y
-    exact = -o.masked_fill(y.bool(), 0.0).sum(-1, keepdim=True)  # p - 1 cancels
+    g = rounded(p) - y
+    exact = -p.masked_fill(y.bool(), 0.0).sum(-1, keepdim=True)  # p - 1 cancels
     return torch.where(y.bool(), exact, g).masked_fill((target == -100).unsqueeze(-1), 0.0)
 
 

@@ -76,13 +76,13 @@ def test_softmax_and_log_softmax_are_torchs(dtype, dim):
 
 def test_jacobian_has_both_cases():
     z = torch.randn(4, 5, dtype=torch.float64)
-    o = torch.softmax(z, 1)
+    p = torch.softmax(z, 1)
     jacobian = crossent.softmax_jacobian(z)
     assert jacobian.shape == (4, 5, 5)
     for n in range(4):
         for i in range(5):
             for j in range(5):
-                expected = o[n, i] * (1 - o[n, i]) if i == j else -o[n, j] * o[n, i]
+                expected = p[n, i] * (1 - p[n, i]) if i == j else -p[n, j] * p[n, i]
                 torch.testing.assert_close(jacobian[n, i, j], expected)
     by_autograd = torch.func.vmap(torch.func.jacrev(lambda r: torch.softmax(r, 0)))(z)
     torch.testing.assert_close(jacobian, by_autograd)
@@ -109,9 +109,9 @@ def test_gradient_is_autograds_and_prediction_minus_target(kind):
     ours = crossent.gradient(z.detach(), target)
     torch.testing.assert_close(ours, expected)
     if kind != "unnormalised":
-        o = torch.softmax(z.detach(), 1)
+        p = torch.softmax(z.detach(), 1)
         valid = torch.ones(4, dtype=torch.bool) if kind != "index" else target >= 0
-        torch.testing.assert_close(ours[valid], (o - y)[valid])
+        torch.testing.assert_close(ours[valid], (p - y)[valid])
 
 
 def test_gradient_does_not_cancel():
@@ -176,7 +176,7 @@ def test_steps_hold_and_print_every_step_in_order():
     assert places == sorted(places)
     for number in ("3.5634", "0.8047", "1.9925", "0.5534", "1.2222", "6.6298", "2.4610"):
         assert number in text
-    assert "o[target]" in text  # brackets are no markup
+    assert "p[target]" in text  # brackets are no markup
     assert "\x1b" not in text
     html = s._repr_html_()
     assert "<table>" in html
@@ -217,7 +217,7 @@ def test_steps_check_gradients():
 @pytest.mark.parametrize(
     ("logits", "target", "error", "message"),
     [
-        (torch.randn(3), torch.tensor(0), ValueError, r"\(N, K\)"),
+        (torch.randn(3), torch.tensor(0), ValueError, r"\(N, V\)"),
         (Z, T[:2], ValueError, "target: "),
         (Z, torch.tensor([0, 1, 2, 0, 0, 0]), IndexError, r"target\[2\] is 2"),
         (Z, torch.tensor([0, 1, -100, 0, 0, 0]), IndexError, "a class in every row"),

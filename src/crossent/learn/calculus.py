@@ -1,12 +1,12 @@
 r"""The mathematics of the loss, one function for each step.
 
-For a row of activations (logits) :math:`z` with K classes, softmax :math:`o` and reference
+For a row of activations (logits) :math:`z` with V classes, softmax :math:`p` and reference
 distribution :math:`y`:
 
-    o_j      = exp(z_j) / sum_l exp(z_l)
-    E        = -sum_l y_l ln o_l
-    do_j/dz_i = -o_j o_i  (i != j),   o_i (1 - o_i)  (i = j)
-    dE/dz    = o - y
+    p_j      = exp(z_j) / sum_l exp(z_l)
+    E        = -sum_l y_l ln p_l
+    dp_j/dz_i = -p_j p_i  (i != j),   p_i (1 - p_i)  (i = j)
+    dE/dz    = p - y
 
 Classes are on the last axis unless a ``dim`` says otherwise; any leading shape stands for rows.
 Values are in nats. float16 and bfloat16 are computed in float32.
@@ -26,12 +26,12 @@ _LAST = Options(dim=-1)
 
 
 def softmax(logits: Tensor, dim: int = -1) -> Tensor:
-    r"""Probabilities of the classes: :math:`o_j = e^{z_j} / \sum_l e^{z_l}`.
+    r"""Probabilities of the classes: :math:`p_j = e^{z_j} / \sum_l e^{z_l}`.
 
     Computed as e / sum with the maximum shifted to zero, which changes nothing but the overflow.
 
     Args:
-        logits: activations (..., K), floating point.
+        logits: activations (..., V), floating point.
         dim: class axis.
 
     Returns:
@@ -52,13 +52,13 @@ def softmax(logits: Tensor, dim: int = -1) -> Tensor:
 
 
 def log_softmax(logits: Tensor, dim: int = -1) -> Tensor:
-    r"""Log-probabilities of the classes: :math:`\ln o_j = z_j - \ln \sum_l e^{z_l}`.
+    r"""Log-probabilities of the classes: :math:`\ln p_j = z_j - \ln \sum_l e^{z_l}`.
 
     Not the log of :func:`softmax`: that one underflows to ln 0 where this is still exact, and
     rounds to ln 1 = 0 where a class is nearly certain.
 
     Args:
-        logits: activations (..., K), floating point.
+        logits: activations (..., V), floating point.
         dim: class axis.
 
     Returns:
@@ -82,14 +82,14 @@ def log_softmax(logits: Tensor, dim: int = -1) -> Tensor:
 def softmax_jacobian(logits: Tensor) -> Tensor:
     r"""Derivative of each probability with respect to each activation.
 
-    .. math:: J_{ij} = \frac{\partial o_j}{\partial z_i} =
-        \begin{cases} o_i (1 - o_i) & i = j \\ -o_j o_i & i \ne j \end{cases}
+    .. math:: J_{ij} = \frac{\partial p_j}{\partial z_i} =
+        \begin{cases} p_i (1 - p_i) & i = j \\ -p_j p_i & i \ne j \end{cases}
 
     Args:
-        logits: activations (..., K), floating point.
+        logits: activations (..., V), floating point.
 
     Returns:
-        (..., K, K), symmetric; its rows and columns sum to zero.
+        (..., V, V), symmetric; its rows and columns sum to zero.
 
     Raises:
         ValueError, TypeError: ``logits`` is no floating tensor with a class axis.
@@ -108,16 +108,16 @@ def softmax_jacobian(logits: Tensor) -> Tensor:
 def gradient(logits: Tensor, target: Tensor) -> Tensor:
     r"""Gradient of each row's own loss: prediction minus target.
 
-    .. math:: \frac{\partial E}{\partial z_c} = o_c - y_c
+    .. math:: \frac{\partial E}{\partial z_c} = p_c - y_c
 
     Not divided by the number of rows: that is the gradient of the mean. Where y is one-hot the
     target's entry is minus the sum of the other probabilities, so it never cancels to zero. Where
-    y sums to A, the gradient is A o - y.
+    y sums to A, the gradient is A p - y.
 
     Args:
-        logits: activations (..., K), floating point.
+        logits: activations (..., V), floating point.
         target: class indices (...), integers (-100: no target, gradient 0); or probabilities
-            (..., K), floating point.
+            (..., V), floating point.
 
     Returns:
         Gradients in the shape and dtype of ``logits``; each row sums to zero.
@@ -136,25 +136,25 @@ def gradient(logits: Tensor, target: Tensor) -> Tensor:
     """
     z, y, valid = _rows_and_distribution(logits, target)
     row = summarise(z)
-    o = row.probabilities
-    g = (ordered_sum(y).unsqueeze(-1) - y) * o - y * _complement(o, row)
+    p = row.probabilities
+    g = (ordered_sum(y).unsqueeze(-1) - y) * p - y * _complement(p, row)
     return torch.where(valid.unsqueeze(-1), g, 0.0).to(logits.dtype)
 
 
 def hessian(logits: Tensor, target: Tensor | None = None) -> Tensor:
     r"""Second derivative of each row's own loss: the Jacobian of the softmax.
 
-    .. math:: H = \operatorname{diag}(o) - o o^T
+    .. math:: H = \operatorname{diag}(p) - p p^T
 
     It does not depend on the target as long as that is a distribution; probabilities that sum to A
     give A times it. It is positive semi-definite: the loss is convex in the logits.
 
     Args:
-        logits: activations (..., K), floating point.
+        logits: activations (..., V), floating point.
         target: None, or as for :func:`gradient`.
 
     Returns:
-        (..., K, K), symmetric; its rows and columns sum to zero.
+        (..., V, V), symmetric; its rows and columns sum to zero.
 
     Raises:
         IndexError: a target is out of range.
@@ -178,14 +178,14 @@ def hessian(logits: Tensor, target: Tensor | None = None) -> Tensor:
 def likelihood(logits: Tensor, target: Tensor) -> Tensor:
     r"""Probability that the classifier gives to all of the targets at once.
 
-    .. math:: \prod_{i=1}^{N} o_i^{[C(i)]}
+    .. math:: \prod_{i=1}^{N} p_i^{[C(i)]}
 
     What training maximises, and a number that no float can hold for long: a thousand rows at
     probability 0.4 make 1e-398, and float32 ends at 1e-45. Its logarithm, :func:`log_likelihood`,
     is a sum and has no such end. That is why the loss is a log.
 
     Args:
-        logits: activations (..., K), floating point.
+        logits: activations (..., V), floating point.
         target: as for :func:`gradient`; rows without a target count as certain.
 
     Returns:
@@ -207,10 +207,10 @@ def likelihood(logits: Tensor, target: Tensor) -> Tensor:
 def log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
     r"""Log of :func:`likelihood`: minus the sum of the cross-entropies of all rows.
 
-    .. math:: \sum_{i=1}^{N} \ln o_i^{[C(i)]}
+    .. math:: \sum_{i=1}^{N} \ln p_i^{[C(i)]}
 
     Args:
-        logits: activations (..., K), floating point.
+        logits: activations (..., V), floating point.
         target: as for :func:`gradient`.
 
     Returns:
@@ -238,17 +238,17 @@ def _rows(logits: Tensor, dim: int) -> Tensor:
 def _jacobian(z: Tensor) -> Tensor:
     """The softmax's Jacobian, in the computing dtype."""
     row = summarise(z)
-    o = row.probabilities
-    different = -(o.unsqueeze(-1) * o.unsqueeze(-2))
-    same = torch.diag_embed(o * _complement(o, row))
-    eye = torch.eye(o.shape[-1], dtype=torch.bool, device=o.device)
+    p = row.probabilities
+    different = -(p.unsqueeze(-1) * p.unsqueeze(-2))
+    same = torch.diag_embed(p * _complement(p, row))
+    eye = torch.eye(p.shape[-1], dtype=torch.bool, device=p.device)
     return torch.where(eye, same, different)
 
 
-def _complement(o: Tensor, row: RowSummary) -> Tensor:
-    """1 - o: at the top the share of the rest, elsewhere o <= 1/2 and nothing cancels."""
+def _complement(p: Tensor, row: RowSummary) -> Tensor:
+    """1 - p: at the top the share of the rest, elsewhere p <= 1/2 and nothing cancels."""
     top = row.top.unsqueeze(-1)
-    return (1 - o).scatter(-1, top, (row.rest / row.total).unsqueeze(-1))
+    return (1 - p).scatter(-1, top, (row.rest / row.total).unsqueeze(-1))
 
 
 def _check(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -273,7 +273,7 @@ def _rows_and_distribution(logits: Tensor, target: Tensor) -> tuple[Tensor, Tens
 
 
 def _row_losses(logits: Tensor, target: Tensor) -> Tensor:
-    """-ln o at the target of each row; 0 without one."""
+    """-ln p at the target of each row; 0 without one."""
     z, target, by_index = _check(logits, target)
     row = summarise(z)
     if not by_index:

@@ -45,15 +45,15 @@ class Steps:
     ``print`` shows them as a table; a notebook shows them as HTML. Every attribute is a tensor.
     """
 
-    activations: Tensor  # (N, K)
+    activations: Tensor  # (N, V)
     target: Tensor  # (N,)
-    exp: Tensor  # (N, K)
+    exp: Tensor  # (N, V)
     sum: Tensor  # (N,)
-    softmax: Tensor  # (N, K)
+    softmax: Tensor  # (N, V)
     probability: Tensor  # (N,), of the correct class
     nll: Tensor  # (N,), its negative log
     mean: Tensor  # ()
-    gradient: Tensor  # (N, K), of each row's own loss
+    gradient: Tensor  # (N, V), of each row's own loss
 
     def __iter__(self) -> Iterator[Step]:
         """The steps in order, beside PyTorch's."""
@@ -62,16 +62,16 @@ class Steps:
         losses = torch.nn.functional.cross_entropy(z, self.target, reduction="none")
         (slope,) = torch.autograd.grad(losses.sum(), z)
         z, losses = z.detach(), losses.detach()
-        o = torch.softmax(z, 1)
+        p = torch.softmax(z, 1)
         yield Step("activations", "z", self.activations, "z", z)
         yield Step("exp", "e^z", self.exp, "torch.exp(z)", z.exp())
         yield Step("sum", "Σ e^z", self.sum, "torch.exp(z).sum(1)", z.exp().sum(1))
-        yield Step("softmax", "o = e^z / Σ e^z", self.softmax, "torch.softmax(z, 1)", o)
-        picked = o[rows, self.target]
-        yield Step("probability", "o[target]", self.probability, "o[range(N), target]", picked)
-        yield Step("loss", "-ln o[target]", self.nll, "F.cross_entropy(..., 'none')", losses)
+        yield Step("softmax", "p = e^z / Σ e^z", self.softmax, "torch.softmax(z, 1)", p)
+        picked = p[rows, self.target]
+        yield Step("probability", "p[target]", self.probability, "p[range(N), target]", picked)
+        yield Step("loss", "-ln p[target]", self.nll, "F.cross_entropy(..., 'none')", losses)
         yield Step("mean", "Σ loss / N", self.mean, "F.cross_entropy(z, target)", losses.mean())
-        yield Step("gradient", "o - y", self.gradient, "autograd of each loss", slope)
+        yield Step("gradient", "p - y", self.gradient, "autograd of each loss", slope)
 
     def check(self, my_gradient: Tensor) -> Check:
         """Compare a gradient with softmax minus target: exact, approximate, maximum difference.
@@ -79,7 +79,7 @@ class Steps:
         A gradient of the mean (1/N of it) is recognised as such.
 
         Args:
-            my_gradient: (N, K), as computed by the reader.
+            my_gradient: (N, V), as computed by the reader.
 
         Returns:
             :class:`Check`; printed, it reads ``exact: ... | approximate: ... | max difference``.
@@ -118,14 +118,14 @@ class Steps:
 def steps(logits: Tensor, target: Tensor) -> Steps:
     r"""Every step from activations to loss to gradient, in order.
 
-    .. math:: z \to e^z \to \sum e^z \to o = e^z / \sum e^z \to o_t \to -\ln o_t \to
-        \text{mean} \to o - y
+    .. math:: z \to e^z \to \sum e^z \to p = e^z / \sum e^z \to p_t \to -\ln p_t \to
+        \text{mean} \to p - y
 
     The exponentials are shown as they are; the softmax and the loss are computed from shifted ones,
     so they stay right where the shown ones overflow.
 
     Args:
-        logits: activations (N, K), floating point.
+        logits: activations (N, V), floating point.
         target: class indices (N,), integers.
 
     Returns:
@@ -145,7 +145,7 @@ def steps(logits: Tensor, target: Tensor) -> Steps:
     """
     if logits.dim() != 2 or target.dim() != 1:
         raise ValueError(
-            f"logits, target: expected shapes (N, K) and (N,), got {tuple(logits.shape)} and "
+            f"logits, target: expected shapes (N, V) and (N,), got {tuple(logits.shape)} and "
             f"{tuple(target.shape)}"
         )
     z, target = logits.detach(), target.detach()
@@ -153,15 +153,15 @@ def steps(logits: Tensor, target: Tensor) -> Steps:
     target = target.to(torch.int64)
     if bool((target < 0).any()):
         raise IndexError("target: expected a class in every row, got negative ones")
-    o = calculus.softmax(z)
+    p = calculus.softmax(z)
     losses = cross_entropy(z, target, reduction="none")
     return Steps(
         activations=z,
         target=target,
         exp=z.exp(),
         sum=z.exp().sum(1),
-        softmax=o,
-        probability=o[torch.arange(len(target), device=target.device), target],
+        softmax=p,
+        probability=p[torch.arange(len(target), device=target.device), target],
         nll=losses,
         mean=losses.mean(),
         gradient=gradient,
