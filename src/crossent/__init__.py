@@ -29,7 +29,12 @@ from .learn.playground import Playground, playground
 from .learn.steps import Steps, steps
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from .patching import patch
-from .problem.warnings import ClassAxisWarning, CrossentWarning, DoubleSoftmaxWarning
+from .problem.warnings import (
+    ClassAxisWarning,
+    CrossentWarning,
+    DoubleSoftmaxWarning,
+    MadeLogitsWarning,
+)
 from .report import Explanation, Finding, explain
 
 __version__ = "0.1.0"
@@ -47,6 +52,7 @@ __all__ = [
     "Explanation",
     "Finding",
     "LinearCrossEntropyLoss",
+    "MadeLogitsWarning",
     "Playground",
     "Stats",
     "Steps",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,18 @@ class ClassAxisWarning(CrossentWarning):
     """The shapes fit two choices of class axis."""
 
 
+class MadeLogitsWarning(CrossentWarning):
+    """A training step has made the logits that a fused head would have saved."""
+
+
+def caller() -> tuple[FrameType, int]:
+    """The frame that called us, through torch's modules and modes or not, and how far up it is."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _on_the_way(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return frame, level
+
+
 def warn(message: str, category: type[CrossentWarning]) -> None:
     """Warn at the line that called us, through torch's modules and modes or not.
 
@@ -34,10 +47,7 @@ def warn(message: str, category: type[CrossentWarning]) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _on_the_way(frame.f_globals.get("__name__", "")):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(message, category, stacklevel=caller()[1])
 
 
 def _on_the_way(module: str) -> bool:

@@ -1,0 +1,67 @@
+"""The layer whose logits are lazy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...problem.torch_internals import autocast_enabled, plain
+from .recipe import Recipe
+from .tensor import LazyLogits
+from .watch import Watch
+
+
+class LazyHead(nn.Linear):
+    """The forward of a lazy layer, for nn.Linear and what is made of it."""
+
+    #: Who is told what becomes of the logits; None: nobody.
+    watch: Watch | None = None
+    #: Options of losses that have none of their own, while the layer trains.
+    loss_options: Mapping[str, Any] | None = None
+    #: Lazy in evaluation and without gradients, too.
+    evaluation = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The logits of features (..., D)."""
+        training = self.training and torch.is_grad_enabled()
+        if not (training or self.evaluation) or not plain(input, self.weight, self.bias):
+            return super().forward(input)
+        options = self.loss_options or {}
+        if not training:  # a loss that is evaluated is the bare one
+            options = {k: v for k, v in options.items() if k == "chunk_rows"}
+        return lazy_linear(input, self.weight, self.bias, self.watch, options, training)
+
+
+def lazy_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    watch: Watch | None,
+    options: Mapping[str, Any],
+    training: bool,
+) -> LazyLogits:
+    """The logits x W^T + b, not made yet."""
+    dtype = torch.promote_types(input.dtype, weight.dtype)
+    if autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+    logits = LazyLogits.of(Recipe(input, weight, bias, dtype), watch, options)
+    if watch is not None:
+        watch.begin(logits.origin, training)
+    return logits
+
+
+class LazyLinear(LazyHead):
+    """A linear layer that returns :class:`LazyLogits` while it trains, and logits else.
+
+    Example:
+        >>> from crossent.head.lazy import LazyLinear
+        >>> head = LazyLinear(8, 100)
+        >>> logits = head(torch.randn(4, 8))
+        >>> logits
+        LazyLogits(shape=(4, 100), dtype=torch.float32, not made yet)
+        >>> loss = torch.nn.functional.cross_entropy(logits, torch.tensor([3, 1, 4, 1]))
+        >>> loss.backward()  # 4 x 100 logits never existed
+    """

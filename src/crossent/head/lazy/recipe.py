@@ -1,0 +1,205 @@
+"""What lazy logits are: how they come from features, and under which circumstances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backends.results import Stats
+from ...problem.torch_internals import autocast_enabled
+from .watch import Forward, Watch
+
+
+class Ambient(NamedTuple):
+    """Whether gradients are recorded, and whether operations choose their dtypes (autocast)."""
+
+    device: str
+    grad: bool
+    autocast: torch.dtype | None  # None: off
+
+    @classmethod
+    def here(cls, device: torch.device) -> Ambient:
+        """As things stand now."""
+        on = autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if on else None
+        return cls(device.type, torch.is_grad_enabled(), dtype)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The same circumstances once more."""
+        with torch.set_grad_enabled(self.grad):
+            if not torch.amp.is_autocast_available(self.device):
+                yield
+                return
+            dtype = self.autocast or torch.get_autocast_dtype(self.device)
+            # Not from autocast's cache: a weight cast under no_grad there has no graph.
+            with torch.autocast(
+                self.device, dtype, enabled=self.autocast is not None, cache_enabled=False
+            ):
+                yield
+
+
+class Recipe(NamedTuple):
+    """How logits come from features.
+
+    z = factor (x W^T + b) + shift, or cap tanh(z) once there is a cap, or sign log softmax(z).
+    """
+
+    features: Tensor  # (..., D), rows in the order in which they are shown
+    weight: Tensor  # (V, D)
+    bias: Tensor | None
+    dtype: torch.dtype  # of the logits
+    factor: float = 1.0
+    shift: Tensor | None = None  # (V,)
+    cap: float | None = None
+    sign: int = 0  # 0: logits; else log-probabilities times 1 or -1
+    axis: int = -1  # where the classes are shown; the features' are last
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What gradients flow to."""
+        return self.features, self.weight, self.bias, self.shift
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the logits."""
+        rows, classes = self.features.shape[:-1], self.weight.shape[0]
+        at = self.axis % (len(rows) + 1)
+        return (*rows[:at], classes, *rows[at:])
+
+    def holding(self, tensors: tuple[Tensor | None, ...]) -> Recipe:
+        """The same with other tensors in the places of :attr:`tensors`."""
+        given: dict[str, Any] = dict(
+            zip(("features", "weight", "bias", "shift"), tensors, strict=True)
+        )
+        return self._replace(**given)
+
+    @property
+    def scoring(self) -> tuple[float, float | None, int]:
+        """What tells these logits from others of the same rows."""
+        return self.factor * (self.sign or 1), self.cap, id(self.shift)
+
+    def scaled(self, factor: float) -> Recipe | None:
+        """The same times a number; None where no recipe says that."""
+        if self.sign:
+            return self._replace(sign=int(self.sign * factor)) if abs(factor) == 1 else None
+        flip = self.cap is not None and factor < 0  # tanh is odd: a cap stays positive
+        inner = factor if self.cap is None else -1.0 if flip else 1.0
+        cap = None if self.cap is None else self.cap * abs(factor)
+        shift = None if self.shift is None else self.shift * inner
+        return self._replace(factor=self.factor * inner, shift=shift, cap=cap)
+
+    def options(self) -> dict[str, Any]:
+        """The same in the words of linear_cross_entropy: cap * tanh(scale * z / cap)."""
+        bias = self.bias
+        if self.shift is not None:
+            shift = self.shift / self.factor
+            bias = shift if bias is None else bias + shift
+        scale = self.factor if self.cap is None else self.factor * self.cap
+        dtype = self.dtype
+        if dtype.itemsize < 4 and autocast_enabled(self.features.device.type):
+            dtype = torch.float32  # as torch's losses under autocast
+        return {
+            "linear_bias": bias,
+            "logit_scale": scale,
+            "softcap": self.cap,
+            "return_dtype": dtype,
+        }
+
+    def make(self) -> Tensor:
+        """What is shown, by torch's operations."""
+        logits = F.linear(self.features, self.weight, self.bias)
+        if self.factor != 1:
+            logits = logits * self.factor
+        if self.shift is not None:
+            logits = logits + self.shift
+        if self.cap is not None:
+            logits = logits.tanh() * self.cap
+        logits = logits.to(self.dtype)
+        if self.sign:
+            logits = logits.log_softmax(-1) * self.sign
+        return logits.movedim(-1, self.axis)
+
+
+class Learnt(NamedTuple):
+    """What a loss has learnt of some rows."""
+
+    rows: tuple[Callable[[Tensor], Tensor], ...]
+    scoring: tuple[float, float | None, int]  # scale, cap, number of the shift: of which logits
+    target: Tensor
+    stats: Stats
+
+
+class Origin:
+    """One forward of a head: what it was given, and what losses have learnt of its rows since."""
+
+    def __init__(self, recipe: Recipe, watch: Watch | None, options: Mapping[str, Any]) -> None:
+        self.watch = watch  # is told what becomes of the logits
+        self.options = options  # of the losses that have none of their own
+        self.shape = recipe.features.shape[:-1]
+        self.ambient = Ambient.here(recipe.features.device)
+        self.dtype = recipe.dtype
+        self.learnt: list[Learnt] = []
+        self.forward: Forward | None = None  # its entry in the account of a Watch
+        self.features, self.weight, self.bias = recipe.features, recipe.weight, recipe.bias
+        self._versions = self._now()
+
+    def _now(self) -> list[int]:
+        given = (self.features, self.weight, self.bias)
+        return [t._version if t is not None and not t.is_inference() else 0 for t in given]
+
+    def changed(self) -> str | None:
+        """What has changed since the forward, so that its logits are lost; None: nothing has."""
+        names = ("features", "weight of the head", "bias of the head")
+        for name, before, now in zip(names, self._versions, self._now(), strict=True):
+            if before != now:
+                return name
+        return None
+
+    def check(self, wanted: str) -> None:
+        """Raise where the logits cannot be made any more."""
+        if changed := self.changed():
+            raise RuntimeError(
+                f"{wanted}: the logits of this forward were never made, and the {changed} has been "
+                f"changed in place since (optimizer.step()?), so they are lost; ask before the "
+                f"change, or read what the loss has kept: logits.argmax(-1), or "
+                f"model.crossent_stats of a patched model"
+            )
+        if self.weight.untyped_storage().nbytes() == 0:
+            raise RuntimeError(
+                f"{wanted}: the logits of this forward were never made, and the weight of the head "
+                f"has been freed since (it is sharded); compute the loss inside the model"
+            )
+
+    def row_numbers(self, rows: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor:
+        """Which rows of this forward those are that ``rows`` make of them."""
+        numbers = torch.arange(self.shape.numel(), device=self.features.device)
+        numbers = numbers.reshape(*self.shape, 1)
+        for step in rows:
+            numbers = step(numbers)
+        return numbers.squeeze(-1)
+
+    def recall(
+        self,
+        name: str,
+        rows: tuple[Callable[[Tensor], Tensor], ...],
+        fits: Callable[[Learnt], bool],
+    ) -> Tensor | None:
+        """A statistic of each row; its fill value where no loss has seen the row, None: nowhere."""
+        seen = [one for one in self.learnt if fits(one)]
+        if not seen:
+            return None
+        numbers = self.row_numbers(rows)
+        first: Tensor = getattr(seen[0].stats, name)
+        fill = torch.nan if first.is_floating_point() else -1
+        values = first.new_full((self.shape.numel(),), fill)
+        for one in seen:
+            valid = one.stats.valid.reshape(-1)
+            where = self.row_numbers(one.rows).reshape(-1)
+            values[where[valid]] = getattr(one.stats, name).reshape(-1)[valid]
+        return values[numbers]

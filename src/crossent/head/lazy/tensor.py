@@ -1,0 +1,335 @@
+"""The tensor that stands for logits: a recipe, or made, and never both.
+
+In autograd's graph it is a tensor like any other: what it comes from, what is made of it, hooks and
+gradients hang on it. Only its numbers are missing. A fused loss sends back a :class:`LazyGradient`,
+which knows what features and weight receive, and has no numbers either until a hook looks at them.
+
+Views share the memory of their base; what torch would copy has one of its own. The first thing that
+no rule knows makes the memory, under the circumstances of the forward. From then on every tensor of
+that memory is real, for edits and for losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem.torch_internals import no_torch_function
+from .gradient import LazyGradient, RootStep, Step, StepNode
+from .recipe import Origin, Recipe
+from .watch import Watch
+
+#: What is done to recipes, by function; NotImplemented where the arguments are beyond the rule.
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
+#: Losses and their like: they know what to do with logits that have been made, too.
+SCORES: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+class LazyLogits(Tensor):
+    """Logits that are not there yet; made by whatever cannot do without them."""
+
+    recipe: Recipe
+    origin: Origin  # the forward of the head
+    skeleton: Tensor  # on the meta device: the strides that the logits would have
+    rows: tuple[Callable[[Tensor], Tensor], ...]  # from the rows of the forward to these
+    parent: LazyLogits | None  # what this is a copy of, after a step
+    step: Step | None
+    base: LazyLogits | None  # what this is a view of
+    views: tuple[Step, ...]  # from there to here
+    _tensor: Tensor | None
+    _made_version: int
+    _hooks: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]  # of a view
+
+    @staticmethod
+    def of(
+        recipe: Recipe, watch: Watch | None = None, options: Mapping[str, Any] | None = None
+    ) -> LazyLogits:
+        """The logits (..., V) of a forward; ``options`` of losses that have none of their own."""
+        origin = Origin(recipe, watch, options or {})
+        skeleton = torch.empty(recipe.shape, device="meta")
+        node: Any = RootStep  # torch leaves apply untyped
+        lazy: LazyLogits = node.apply(recipe, origin, _empty(recipe, skeleton), *recipe.tensors)
+        return _filled(lazy, recipe, origin, skeleton)
+
+    def view_by(self, recipe: Recipe, step: Step) -> LazyLogits:
+        """What a step makes in the same memory, or where torch cannot, in a copy."""
+        skeleton = step.act(self.skeleton)
+        if not _share_memory(skeleton, self.skeleton):
+            return self.copy_by(recipe, step)
+        lazy = self._stepped(recipe, step, skeleton)
+        lazy.base, lazy.views = self.root, (*self.views, step)
+        return lazy
+
+    def copy_by(self, recipe: Recipe, step: Step) -> LazyLogits:
+        """What a step makes of this in memory of its own."""
+        same = recipe.shape == tuple(self.skeleton.shape) and step.rows is None
+        like = torch.empty_like(self.skeleton) if same else torch.empty(recipe.shape, device="meta")
+        lazy = self._stepped(recipe, step, like)
+        lazy.parent, lazy.step = self, step
+        return lazy
+
+    def _stepped(self, recipe: Recipe, step: Step, skeleton: Tensor) -> LazyLogits:
+        node: Any = StepNode
+        lazy: LazyLogits = node.apply(
+            self, self.recipe, step, self.origin, _empty(recipe, skeleton), *step.extras
+        )
+        rows = self.rows if step.rows is None else (*self.rows, step.rows)
+        return _filled(lazy, recipe, self.origin, skeleton, rows)
+
+    def made(self, asker: str = "logits") -> Tensor:
+        """The tensor itself, from now on; ``asker`` names who wants it."""
+        if self._tensor is None:
+            if self.base is not None:
+                tensor = self.base.made(asker)
+                for view in self.views:
+                    with view.ambient.again():
+                        tensor = view.act(tensor, *view.extras)
+            else:
+                real: Any = _Real  # torch leaves apply untyped
+                with torch.set_grad_enabled(self.requires_grad):
+                    tensor = real.apply(self, asker)
+                if self.retains_grad:  # torch's follows an edit in place
+                    tensor.retain_grad()
+            self._tensor, self._made_version = tensor, tensor._version
+            for hook, args, kwargs in self._hooks:
+                hook(tensor, *args, **kwargs)
+        return self._tensor
+
+    @torch.no_grad()
+    def numbers(self, asker: str) -> Tensor:
+        """Fresh memory with what this holds if nobody has edited it."""
+        parent = self.parent
+        if parent is not None and self.step is not None and not parent.is_edited:
+            data = parent.made(asker)
+            with self.step.ambient._replace(grad=False).again():
+                made = self.step.act(data.detach(), *self.step.extras)
+            return made.clone() if _share_memory(made, data) else made
+        self.origin.check(asker)
+        with self.origin.ambient._replace(grad=False).again():
+            made = self.recipe.make()
+        if self.origin.watch is not None:
+            self.origin.watch.made(self.origin, asker)
+        return made
+
+    @property
+    def root(self) -> LazyLogits:
+        """The one whose memory this would share."""
+        return self if self.base is None else self.base
+
+    @property
+    def is_made(self) -> bool:
+        """Whether this is a tensor already, which the loss then has to take."""
+        return self.root._tensor is not None
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether this has been made, and edited in place since."""
+        root = self.root
+        return root._tensor is not None and root._tensor._version != root._made_version
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ABOUT:  # shape, dtype, device, ...
+            with no_torch_function():
+                return func(*args, **kwargs)
+        if func in _GRAPH:
+            return _on_the_graph(func, args, kwargs)
+        lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
+        rule = SCORES.get(func)
+        if rule is None and lazy is not None and not lazy.is_made:
+            rule = RULES.get(func)
+        if rule is not None:
+            result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = unwrapped((args, kwargs), _name(func))
+        made = func(*args, **kwargs)
+        return lazy if lazy is not None and made is lazy._tensor else made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Below autograd, for those who ask there: the numbers, and no graph."""
+        if func._schema.is_mutable:
+            raise RuntimeError(
+                f"{func}: lazy logits cannot be edited in place where subclasses are taken for "
+                f"plain tensors; take logits.clone(), or unpatch the model"
+            )
+        args, kwargs = unwrapped((args, kwargs or {}), str(func), detached=True)
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        if self.is_made:
+            return repr(self.made())
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, not made yet)"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.made("pickle").__reduce_ex__(protocol)
+
+
+def unwrapped(value: Any, asker: str, detached: bool = False) -> Any:
+    """The same with logits in the place of every lazy one."""
+    if isinstance(value, LazyLogits):
+        made = value.made(asker)
+        return made.detach() if detached else made
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(unwrapped(v, asker, detached) for v in value)
+    if isinstance(value, dict):
+        return {key: unwrapped(v, asker, detached) for key, v in value.items()}
+    return value
+
+
+class _Real(torch.autograd.Function):
+    """The numbers of lazy logits, in a tensor whose gradient goes to them."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyLogits, asker: str) -> Tensor:
+        """Fresh memory, and no view in autograd's books: those could not be edited."""
+        made = lazy.numbers(asker)
+        whole = made.new_empty(0)
+        return whole.set_(made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """As it is."""
+        return grad_outputs[0], None
+
+
+def _on_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hooks and gradients: torch's own, on the tensors that the graph knows."""
+    if func in _HOOKS:
+        lazy = args[0]
+        if not lazy.is_edited:
+            with no_torch_function():
+                handle = func(*args, **kwargs)
+            if lazy.base is not None:  # what is made of a view in Python hangs on its base
+                lazy._hooks.append((func, args[1:], kwargs))
+                if lazy._tensor is not None:
+                    func(lazy._tensor, *args[1:], **kwargs)
+            return handle
+        return func(lazy.made(), *args[1:], **kwargs)
+    if func is torch.autograd.grad:
+        return _gradients(*args, **kwargs)
+    if func in _BACKWARD and kwargs.get("inputs") is not None:
+        given = kwargs["inputs"]
+        kwargs["inputs"] = sum(
+            map(_nodes, given if isinstance(given, (tuple, list)) else [given]), []
+        )
+    with no_torch_function():
+        if func not in _BACKWARD:  # an attribute
+            return _total([_dense(node.grad) for node in _nodes(args[0])])
+        return func(*_roots(args), **kwargs)
+
+
+def _nodes(value: Any) -> list[Any]:
+    """The tensors that stand for this one in the graph."""
+    if not isinstance(value, LazyLogits):
+        return [value]
+    if value.is_edited:
+        return [value.made()]
+    return [value] if value.base is None or value._tensor is None else [value, value._tensor]
+
+
+def _roots(value: Any) -> Any:
+    """Outputs to differentiate: edited ones are their tensors."""
+    if isinstance(value, LazyLogits):
+        return value.made("backward")
+    return tuple(map(_roots, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    return gradient.dense() if isinstance(gradient, LazyGradient) else gradient
+
+
+def _total(gradients: list[Tensor | None]) -> Tensor | None:
+    known = [g for g in gradients if g is not None]
+    return sum(known[1:], known[0]) if known else None
+
+
+def _gradients(
+    outputs: Any, inputs: Any, *args: Any, allow_unused: bool | None = None, **kwargs: Any
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad by tensors of which some are lazy."""
+    given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    nodes = [_nodes(tensor) for tensor in given]
+    unused = True if any(len(n) > 1 for n in nodes) else allow_unused
+    with no_torch_function():
+        flat = torch.autograd.grad(
+            _roots(outputs), sum(nodes, []), *args, allow_unused=unused, **kwargs
+        )
+        found = iter(flat)
+        result = tuple(_total([_dense(next(found)) for _ in n]) for n in nodes)
+    if not allow_unused and not kwargs.get("materialize_grads") and any(r is None for r in result):
+        raise RuntimeError(
+            "One of the differentiated Tensors appears to not have been used in the graph. Set "
+            "allow_unused=True if this is the desired behavior."
+        )
+    return result
+
+
+def _empty(recipe: Recipe, skeleton: Tensor) -> Callable[[], LazyLogits]:
+    """How the wrapper is made: a tensor without memory."""
+    make: Any = Tensor._make_wrapper_subclass  # torch leaves it untyped
+    size, strides = skeleton.shape, skeleton.stride()
+    dtype, device = recipe.dtype, recipe.features.device
+    return lambda: make(LazyLogits, size, strides=strides, dtype=dtype, device=device)
+
+
+def _filled(
+    lazy: LazyLogits,
+    recipe: Recipe,
+    origin: Origin,
+    skeleton: Tensor,
+    rows: tuple[Callable[[Tensor], Tensor], ...] = (),
+) -> LazyLogits:
+    lazy.recipe, lazy.origin, lazy.skeleton, lazy.rows = recipe, origin, skeleton, rows
+    lazy.parent = lazy.step = lazy.base = lazy._tensor = None
+    lazy.views, lazy._made_version, lazy._hooks = (), 0, []
+    return lazy
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """An operation as its caller would write it."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        owner: Any = getattr(func, "__self__", None)
+        return f"logits.{getattr(owner, '__name__', 'attribute')}"
+    return f"logits.{name}" if getattr(func, "__objclass__", None) is not None else name
+
+
+def getter(name: str) -> Any:
+    """What __torch_function__ is given for an attribute of tensors."""
+    return getattr(Tensor, name).__get__
+
+
+_ABOUT = {
+    *map(getter, ("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes")),
+    *map(getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested")),
+    *map(getter, ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "output_nr")),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+    *(Tensor.get_device, Tensor.is_inference, Tensor.is_contiguous, Tensor.stride),
+}
+_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+_BACKWARD = {torch.autograd.backward, Tensor.backward}
+_GRAPH = {*_HOOKS, *_BACKWARD, getter("grad"), torch.autograd.grad}
