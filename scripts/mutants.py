@@ -71,6 +71,7 @@ MODULES = {
     "head/sparse": f"{_HEAD} problem/* backends/reduction backends/dispatch memory exported",
     "report/diagnose": _REPORT,
     "integrations/sklearn": "integrations/log_loss* integrations/scorer problem/arrays",
+    "integrations/labels": "integrations/log_loss* integrations/scorer problem/arrays",
 }
 # Mutants that once survived every test: module, text, what it becomes.
 HAND_MADE = (

@@ -177,3 +177,79 @@ def test_any_other_loss_is_said_by_its_number(fastai, ours):
     learn = learner(fastai, FocalLossFlat(gamma=2.0), cbs=ours.CrossEntropyDiagnostics())
     note = fit(learn).explain().note
     assert f"valid_loss ({learn.recorder.values[-1][1]:.4f}) is FocalLossFlat" in note
+
+
+def test_class_weights_follow_the_learner_to_its_device(fastai, ours):
+    learn = learner(fastai, ours.CrossEntropyLossFlat(weight=torch.tensor([1.0, 5.0, 2.0])))
+    learn.dls.device = torch.device("meta")  # as if it were a GPU
+    learn.train_eval.before_fit()
+    assert learn.loss_func.weight.device.type == "meta"
+    assert {p.device.type for p in learn.model.parameters()} == {"meta"}
+
+
+def test_an_exported_learner_keeps_its_weights_and_its_explanation(fastai, ours, tmp_path):
+    weight = torch.tensor([1.0, 5.0, 2.0])
+    loss = ours.CrossEntropyLossFlat(weight=weight, ignore_index=1)
+    learn = fit(learner(fastai, loss, cbs=ours.CrossEntropyDiagnostics()), 1)
+    learn.export(tmp_path / "learner.pkl")
+    again = fastai.load_learner(tmp_path / "learner.pkl")
+    assert torch.equal(again.loss_func.weight, weight)
+    assert repr(again.loss_func) == repr(loss)
+    assert again.explain().mean == learn.explain().mean
+    row = load_wine(as_frame=True).data.iloc[0]
+    torch.testing.assert_close(again.predict(row)[2], learn.predict(row)[2])
+
+
+def volumes(fastai, target, loss, cbs):
+    x = torch.randn(8, 2, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+    rows = list(zip(x, target(x), strict=True))
+    loaders = fastai.DataLoaders.from_dsets(rows, rows, bs=4, num_workers=0)
+    torch.manual_seed(0)
+    return fastai.Learner(loaders, torch.nn.Conv3d(2, 3, 1), loss_func=loss, cbs=cbs)
+
+
+@pytest.mark.parametrize("whose", ["flat", "torch module", "torch function", "ours", "ours, last"])
+def test_diagnostics_of_volumes_whoever_made_the_loss(fastai, ours, whose):
+    """The classes are on axis 1 by torch's rule; the last axis has as many here."""
+    import crossent
+
+    loss = {
+        "flat": ours.CrossEntropyLossFlat(axis=1),
+        "torch module": torch.nn.CrossEntropyLoss(),
+        "torch function": F.cross_entropy,
+        "ours": crossent.CrossEntropyLoss(),
+        "ours, last": crossent.CrossEntropyLoss(dim=-4),
+    }[whose]
+    learn = volumes(fastai, lambda x: (x[:, 0] > 0).long(), loss, ours.CrossEntropyDiagnostics())
+    why = fit(learn, 1).explain()
+    assert why.count == 8 * 4 * 5 * 3
+    assert why.mean == pytest.approx(learn.recorder.values[-1][1], rel=1e-5)
+    assert why.note == ""
+
+
+def test_diagnostics_of_sequences_with_a_loss_that_flattens(fastai, ours):
+    x = torch.randn(8, 6, 4)
+    rows = list(zip(x, x.argmax(-1).clamp(max=2), strict=True))
+    loaders = fastai.DataLoaders.from_dsets(rows, rows, bs=4, num_workers=0)
+
+    def loss(z, t):
+        return F.cross_entropy(z.flatten(0, 1), t.flatten())
+
+    learn = fastai.Learner(
+        loaders, torch.nn.Linear(4, 3), loss_func=loss, cbs=ours.CrossEntropyDiagnostics()
+    )
+    why = fit(learn, 1).explain()
+    assert why.count == 48
+    assert why.mean == pytest.approx(learn.recorder.values[-1][1], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("always::crossent.CrossentWarning")
+def test_targets_that_are_probabilities_stop_no_training(fastai, ours):
+    loss = ours.CrossEntropyLossFlat(axis=1)
+    learn = volumes(fastai, lambda x: torch.rand(8, 3, 4, 5, 3).softmax(1), loss,
+                    ours.CrossEntropyDiagnostics())  # fmt: skip
+    with pytest.warns(UserWarning, match="expected targets that are classes"):
+        fit(learn, 2)
+    assert np.isnan(learn.recorder.values[-1][2:]).all()
+    with pytest.raises(RuntimeError, match="expected a fitted learner"):
+        learn.explain()

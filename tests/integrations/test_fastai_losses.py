@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,3 +98,48 @@ def test_attributes_are_the_losses(ours):
         loss.nothing  # noqa: B018
     with pytest.raises(TypeError, match="z_los"):
         ours.CrossEntropyLossFlat(z_los=1.0)
+
+
+NAMES = pytest.mark.parametrize("name", ["CrossEntropyLossFlat", "LabelSmoothingCrossEntropyFlat"])
+
+
+@NAMES
+def test_a_moved_loss_is_this_loss(fastai, ours, name):
+    from fastai.losses import BaseLoss
+
+    loss = getattr(ours, name)(weight=torch.ones(3), axis=1)
+    assert isinstance(loss, BaseLoss)  # fastai moves these, and no others
+    assert loss.to("cpu") is loss.cpu() is loss.double() is loss.eval() is loss
+    assert loss.weight.dtype == torch.float64
+    assert loss.to(torch.float32).weight.dtype == torch.float32
+    assert loss.to(device="meta") is loss
+    assert loss.weight.device.type == "meta"
+    assert set(loss.state_dict()) == {"weight"}
+
+
+@NAMES
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_whole_and_apart(ours, name, copied):
+    loss = getattr(ours, name)(weight=torch.tensor([1.0, 2, 3]), axis=1, ignore_index=1)
+    other = copied(loss)
+    z, t = torch.randn(2, 3, 4), torch.randint(0, 3, (2, 4))
+    assert torch.equal(other(z, t), loss(z, t))
+    assert repr(other) == repr(loss)
+    other.reduction = "none"
+    other.double()
+    assert loss.reduction == "mean"
+    assert loss.weight.dtype == torch.float32
+
+
+def test_positional_arguments_are_fastais(fastai, ours):
+    from fastai import losses
+
+    weight, z, t = torch.tensor([1.0, 2, 3]), torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
+    mine, its = ours.CrossEntropyLossFlat(weight), losses.CrossEntropyLossFlat(weight)
+    torch.testing.assert_close(mine(z, t), its(z, t).as_subclass(torch.Tensor))
+    mine = ours.LabelSmoothingCrossEntropyFlat(0.2, weight, "sum")
+    rows = F.cross_entropy(z, t, weight, label_smoothing=0.2, reduction="sum")
+    torch.testing.assert_close(mine(z, t), rows)
+    assert repr(ours.CrossEntropyLossFlat()) == "CrossEntropyLossFlat(axis=-1)"

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import sklearn.metrics
-from sklearn.datasets import load_breast_cancer
+from sklearn.datasets import load_breast_cancer, load_wine
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
@@ -118,3 +118,56 @@ def test_metrics_load_no_scikit_learn():
         "; repr(m.neg_log_loss); sys.exit('sklearn' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Unnormalised(LogisticRegression):
+    """A classifier whose probabilities sum to 0.9."""
+
+    def predict_proba(self, X):
+        return 0.9 * super().predict_proba(X)
+
+
+class Single(LogisticRegression):
+    """A classifier that is sure of all it says, in single precision."""
+
+    def predict_proba(self, X):
+        return (super().predict_proba(X) > 0.5).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", [Unnormalised, Single])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_probabilities_of_any_quality_are_scored_as_there(kind, classes):
+    """Of two classes scikit-learn's scorer looks at the second alone."""
+    x, y = load_wine(return_X_y=True)
+    x, y = x[:, :4], np.minimum(y, classes - 1)
+    ours, theirs = (
+        cross_val_score(kind(max_iter=50), x, y, scoring=s, cv=3)
+        for s in (neg_log_loss, "neg_log_loss")
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-7 if kind is Single else 1e-12)
+
+
+@pytest.mark.parametrize("shape", ["one-hot", "column", "one-hot list"])
+def test_targets_with_two_axes(shape):
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.multiclass import OneVsRestClassifier
+
+    x, y = load_wine(return_X_y=True)
+    if shape == "column":
+        model, y = RandomForestClassifier(5, random_state=0), y[:, None]
+    else:
+        model, y = OneVsRestClassifier(LogisticRegression(max_iter=50)), np.eye(3, dtype=int)[y]
+    model.fit(x[::2], y[::2])
+    rows = y[1::2].tolist() if shape == "one-hot list" else y[1::2]
+    theirs = sklearn.metrics.get_scorer("neg_log_loss")(model, x[1::2], rows)
+    assert neg_log_loss(model, x[1::2], rows) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_a_missing_request_names_the_scorer():
+    with sklearn.config_context(enable_metadata_routing=True):
+        model = LogisticRegression().set_fit_request(sample_weight=False)
+        with pytest.raises(ValueError, match=r"crossent\.integrations\.sklearn\.neg_log_loss"):
+            cross_val_score(
+                model, np.eye(6), [0, 1] * 3, scoring=neg_log_loss, cv=2,
+                params={"sample_weight": np.ones(6)},
+            )  # fmt: skip

@@ -192,13 +192,17 @@ os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2], GLOO_SOCKET_
 import torch, torch.distributed as dist
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", rank=rank, world_size=2)
-from crossent.integrations.torchmetrics import CrossEntropy
-metric = CrossEntropy()
+from crossent.integrations.torchmetrics import CalibrationError, CrossEntropy, Perplexity
+made = torch.nn.ModuleList([CrossEntropy(), Perplexity(), CalibrationError()]).bfloat16()
+alone = [type(metric)(sync_on_compute=False) for metric in made]
 g = torch.Generator().manual_seed(0)
 z, t = torch.randn(10, 5, generator=g), torch.randint(0, 5, (10,), generator=g)
 part = slice(0, 3) if rank == 0 else slice(3, 10)
-metric.update(z[part], t[part])
-print(metric.compute().item(), torch.nn.functional.cross_entropy(z.double(), t).item())
+for metric, whole in zip(made, alone):
+    metric.update(z[part], t[part])
+    whole.update(z, t)
+    print(metric.compute().item(), whole.compute().item())
+print(made[0].compute().item(), torch.nn.functional.cross_entropy(z.double(), t).item())
 dist.destroy_process_group()
 """
 
@@ -217,5 +221,7 @@ def test_metrics_add_up_over_processes():
     ]
     for process in both:
         out = process.communicate(timeout=120)[0]
-        mine, truth = (float(v) for v in out.split())
-        assert mine == pytest.approx(truth, rel=1e-6)
+        assert len(out.splitlines()) == 4
+        for line in out.splitlines():
+            mine, truth = (float(v) for v in line.split())
+            assert mine == pytest.approx(truth, rel=1e-6)

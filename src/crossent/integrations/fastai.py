@@ -6,34 +6,41 @@ learn = tabular_learner(dls, loss_func=CrossEntropyLossFlat(), cbs=CrossEntropyD
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 from typing import Any
 
 import torch
 from fastai.callback.core import Callback
+from fastai.losses import BaseLoss
 from torch import Tensor
 
 from ..learn.calculus import softmax
 from ..modules import CrossEntropyLoss
+from ..problem.warnings import CrossentWarning, warn
 from ..report import Explanation, explain
 
 
-class CrossEntropyLossFlat:
+class CrossEntropyLossFlat(BaseLoss):  # type: ignore[misc]  # fastai has no types
     """fastai's loss of that name: classes on ``axis``, everything else flattened.
 
     Args:
+        arguments: those of :class:`crossent.CrossEntropyLoss` in its order, weight first.
         axis: class axis of the predictions.
         options: weight, ignore_index, reduction, label_smoothing, and what
             :class:`crossent.CrossEntropyLoss` takes besides.
 
     The attributes of the loss itself (``weight``, ``ignore_index``, ...) can be read and set here;
-    ``reduction`` may change at any time, as MixUp and ``get_preds(with_loss=True)`` do.
+    ``reduction`` may change at any time, as MixUp and ``get_preds(with_loss=True)`` do. A learner
+    moves the class weights to its device; ``to``, ``cuda`` and the like return this loss.
     """
 
     y_int = True  # targets may be mixed: MixUp
 
-    def __init__(self, axis: int = -1, **options: Any) -> None:
-        self.axis, self.func = axis, CrossEntropyLoss(**options)
+    def __init__(self, *arguments: Any, axis: int = -1, **options: Any) -> None:
+        # not BaseLoss's own: it would put the loss's __dict__ over ours
+        self.axis, self.func = axis, CrossEntropyLoss(*arguments, **options)
 
     def __call__(self, inp: Tensor, targ: Tensor, **more: Any) -> Any:
         """The loss of predictions against their classes.
@@ -62,7 +69,7 @@ class CrossEntropyLossFlat:
         return self._of_rows(rows, targ.reshape(rows.shape if whole else -1), more)
 
     def _of_rows(self, rows: Tensor, targ: Tensor, more: dict[str, Any]) -> Any:
-        """The loss; class weights are taken to where the predictions are, for fastai does not."""
+        """The loss; class weights are taken to where the predictions are, in a learner or not."""
         weight = self.func.weight
         if weight is None or weight.device == rows.device:
             return self.func(rows, targ, **more)
@@ -72,7 +79,23 @@ class CrossEntropyLossFlat:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "func":
             raise AttributeError(name)
-        return getattr(self.func, name)
+        value = getattr(self.func, name)
+        return self._returning_this(value) if inspect.ismethod(value) else value
+
+    def _returning_this(self, method: Any) -> Any:
+        """A module's method; one that returns the module (cuda, double, ...) returns this loss."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **more: Any) -> Any:
+            result = method(*args, **more)
+            return self if result is self.func else result
+
+        return call
+
+    def to(self, *args: Any, **more: Any) -> CrossEntropyLossFlat:
+        """Move the class weights, as :meth:`torch.nn.Module.to` does; returns this loss."""
+        self.func.to(*args, **more)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = name in ("axis", "func") or "func" not in vars(self) or not hasattr(self.func, name)
@@ -82,7 +105,8 @@ class CrossEntropyLossFlat:
             setattr(self.func, name, value)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(axis={self.axis}, {self.func.extra_repr()})"
+        said = ", ".join(part for part in (f"axis={self.axis}", self.func.extra_repr()) if part)
+        return f"{type(self).__name__}({said})"
 
     def activation(self, x: Tensor) -> Tensor:
         """Probabilities from predictions."""
@@ -98,12 +122,22 @@ class LabelSmoothingCrossEntropyFlat(CrossEntropyLossFlat):
 
     Args:
         eps: how much of the target is spread over the classes.
-        axis, options: as for :class:`CrossEntropyLossFlat`. Class weights weigh the spread part,
-            too, as in torch; in fastai they do not.
+        weight: one weight per class (V,). They weigh the spread part, too, as in torch; in fastai
+            they do not.
+        reduction, axis, options: as for :class:`CrossEntropyLossFlat`.
     """
 
-    def __init__(self, eps: float = 0.1, axis: int = -1, **options: Any) -> None:
-        super().__init__(axis, label_smoothing=eps, **options)
+    def __init__(
+        self,
+        eps: float = 0.1,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        *,
+        axis: int = -1,
+        **options: Any,
+    ) -> None:
+        options |= {"weight": weight, "reduction": reduction, "label_smoothing": eps}
+        super().__init__(axis=axis, **options)
 
     @property
     def eps(self) -> float:
@@ -146,9 +180,18 @@ class CrossEntropyDiagnostics(Callback):  # type: ignore[misc]  # fastai has no 
         """Keep what the model says of the validation rows."""
         if self.training or self._kept is None or not self.learn.yb:
             return
-        axis = getattr(self.learn.loss_func, "axis", -1)
-        logits = self.learn.pred.detach().movedim(axis, -1).cpu().as_subclass(Tensor)
-        target = torch.as_tensor(self.learn.yb[0], device="cpu").reshape(-1).as_subclass(Tensor)
+        pred = self.learn.pred.detach().cpu().as_subclass(Tensor)
+        target = torch.as_tensor(self.learn.yb[0], device="cpu").as_subclass(Tensor)
+        if target.is_floating_point():
+            warn(
+                "CrossEntropyDiagnostics: expected targets that are classes, got "
+                f"{target.dtype}; nothing is explained",
+                CrossentWarning,
+            )
+            self._kept = None
+            return
+        logits = pred.movedim(_class_axis(self.learn.loss_func, pred, target), -1)
+        target = target.reshape(-1)
         self._kept.append((logits.reshape(-1, logits.shape[-1]), target))
 
     def after_cancel_validate(self) -> None:
@@ -198,6 +241,17 @@ class CrossEntropyDiagnostics(Callback):  # type: ignore[misc]  # fastai has no 
         vocab = getattr(self.learn.dls, "vocab", None)
         names = [str(name) for name in vocab] if vocab is not None else []
         return names if len(names) == classes else None
+
+
+def _class_axis(loss: Any, pred: Tensor, target: Tensor) -> int:
+    """Where a loss, of whatever library, has its classes: it says so, or the shapes do."""
+    options = getattr(loss, "options", None) or {}
+    said = getattr(loss, "axis", options.get("dim"))
+    if said is not None:
+        return int(said)
+    torchs = min(1, pred.dim() - 1)  # axis 1 for images and volumes
+    rest = pred.shape[:torchs] + pred.shape[torchs + 1 :]
+    return torchs if target.shape == rest else -1
 
 
 _COLUMNS = ("calibration_error", "hardest_10%")

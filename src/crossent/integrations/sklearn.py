@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..functional import cross_entropy
-from ..problem.arrays import as_tensor, check_whole
+from ..problem.arrays import as_tensor
 from ..problem.warnings import CrossentWarning, warn
+from .labels import encode, shape_of
 
 
 def log_loss(
@@ -29,21 +31,22 @@ def log_loss(
 
     From probabilities the value is scikit-learn's, which clips them to [eps, 1 - eps] and takes
     rows that do not sum to one as they are, with a warning; from logits nothing is clipped or
-    rounded away. A mean whose weights sum to 0 is nan.
+    rounded away.
 
     Args:
-        y_true: labels (N,) of any kind.
+        y_true: labels (N,) or (N, 1) of any kind; or one-hot rows (N, V) of 0 and 1, without
+            ``labels``. A row with several ones costs the sum of theirs, as in scikit-learn.
         y_proba: probabilities (N, V), or (N,) of the second of two classes.
         logits: instead of them, logits (N, V), or (N,): the logit of the second of two classes.
         normalize: the mean; False is the sum.
-        sample_weight: one weight per row (N,).
+        sample_weight: one weight per row (N,), finite, and not all of them 0.
         labels: what the columns stand for, where y_true does not have all of it; sorted.
 
     NumPy arrays, pandas objects, tensors, lists, and whatever speaks DLPack.
 
     Raises:
-        ValueError: shapes or labels do not fit together, or y_proba holds no probabilities; names
-            the argument.
+        ValueError: shapes or labels do not fit together, y_proba holds no probabilities, something
+            is missing; names the argument.
         TypeError: neither or both of y_proba and logits, or one that holds no plain numbers.
 
     Example:
@@ -56,17 +59,23 @@ def log_loss(
     if (y_proba is None) == (logits is None):
         raise TypeError("log_loss: expected one of y_proba and logits, got both or neither")
     name, given = ("y_proba", y_proba) if logits is None else ("logits", logits)
+    if logits is None:
+        _check_not_missing(given)
     scores = as_tensor(name, given)
     if scores.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {scores.dtype}")
     if not scores.is_floating_point():
         scores = scores.double()
     if logits is None:
+        if not getattr(getattr(given, "dtype", None), "isnative", True):
+            scores = scores.double()  # as scikit-learn does with the other byte order
         _check_probabilities(scores)
     scores = _two_columns(name, scores)
-    target = _encode(y_true, labels, name, tuple(scores.shape)).to(scores.device)
-    loss = _of_probabilities(scores, target) if logits is None else _of_logits(scores, target)
-    return _average(loss, sample_weight, normalize)
+    if logits is None:
+        _warn_unless_normalized(scores)
+    target = encode(y_true, labels, name, tuple(scores.shape)).to(scores.device)
+    row_losses = _of_probabilities if logits is None else _of_logits
+    return _average(_of_labels(row_losses, scores, target), sample_weight, normalize)
 
 
 class Scorer:
@@ -92,8 +101,12 @@ class Scorer:
 
     def __call__(self, estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Minus the log loss of what the estimator predicts for X."""
-        proba = estimator.predict_proba(X)
-        return -log_loss(y, proba, sample_weight=sample_weight, labels=estimator.classes_)
+        proba, labels = estimator.predict_proba(X), estimator.classes_
+        if len(shape_of(y)) == 2 and shape_of(y)[1] > 1:
+            labels = None  # one-hot rows have their columns
+        elif len(labels) == 2 and shape_of(proba)[1:] == (2,):
+            proba = as_tensor("y_proba", proba)[:, 1]  # all that scikit-learn's scorer looks at
+        return -log_loss(y, proba, sample_weight=sample_weight, labels=labels)
 
     def set_score_request(self, *, sample_weight: bool | str | None) -> Scorer:
         """A scorer that asks for sample weights; this one, which all share, stays as it is.
@@ -121,12 +134,27 @@ class Scorer:
         """What scikit-learn asks where metadata routing is not enabled."""
         return True
 
+    def _routing_repr(self) -> str:
+        """What scikit-learn calls the scorer where it misses a request."""
+        return repr(self)
+
     def __repr__(self) -> str:
         asks = f".set_score_request(sample_weight={self._wants!r})"
         return "crossent.integrations.sklearn.neg_log_loss" + ("" if self._wants is None else asks)
 
 
 neg_log_loss = Scorer()
+
+
+def _of_labels(
+    row_losses: Callable[[Tensor, Tensor], Tensor], scores: Tensor, target: Tensor
+) -> Tensor:
+    """One loss per row (N,), from class numbers (N,) or one-hot rows (N, V)."""
+    if target.dim() == 1:
+        return row_losses(scores, target)
+    row, column = target.nonzero(as_tuple=True)
+    zeros = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
+    return zeros.index_add(0, row, row_losses(scores[row], column))
 
 
 def _of_logits(logits: Tensor, target: Tensor) -> Tensor:
@@ -136,13 +164,6 @@ def _of_logits(logits: Tensor, target: Tensor) -> Tensor:
 def _of_probabilities(proba: Tensor, target: Tensor) -> Tensor:
     """scikit-learn's: clipped in their own type, not normalised."""
     eps = torch.finfo(proba.dtype).eps
-    total = proba.sum(-1)
-    if bool(((total - 1).abs() > math.sqrt(eps) + 1e-8).any()):
-        warn(
-            "The y_proba values do not sum to one. Make sure to pass probabilities "
-            "(logits= takes logits).",
-            CrossentWarning,
-        )
     own = proba.gather(-1, target.unsqueeze(-1)).squeeze(-1).clamp(eps, 1 - eps)
     return own.double().log().neg()
 
@@ -158,19 +179,60 @@ def _average(loss: Tensor, sample_weight: Any, normalize: bool) -> float:
             f"{tuple(weight.shape)}"
         )
     weight = weight.to(loss.device, loss.dtype)
+    _check_weight(weight, normalize)
     total = (loss.where(weight != 0, 0) * weight).sum()
     return float(total / weight.sum() if normalize else total)
+
+
+def _check_weight(weight: Tensor, normalize: bool) -> None:
+    """Raise for weights that leave no number, as scikit-learn does."""
+    bad = (~weight.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"sample_weight: expected finite numbers, got {weight[bad[0]].item()} in row "
+            f"{bad[0].item()}; give rows that do not count weight 0"
+        )
+    if not weight.any() or (normalize and weight.sum() == 0):
+        raise ValueError(
+            "sample_weight: expected weights that do not sum to 0, got a sum of 0; a mean over "
+            "rows of no weight has no value"
+        )
+
+
+def _check_not_missing(proba: Any) -> None:
+    """Raise for a pandas object with gaps, in any of the ways that pandas marks them."""
+    missing = int(proba.isna().to_numpy().sum()) if hasattr(proba, "isna") else 0
+    if missing:
+        raise ValueError(
+            f"y_proba: expected probabilities, got {missing} missing values; leave these rows out"
+        )
 
 
 def _check_probabilities(proba: Tensor) -> None:
     """Raise for what no probability can be, as scikit-learn does."""
     if not proba.numel():
         return
+    if bool(proba.isnan().any()):
+        row = proba.isnan().nonzero()[0, 0].item()
+        raise ValueError(
+            f"y_proba: expected probabilities, got nan in row {row}; leave such rows out"
+        )
     low, high = float(proba.min()), float(proba.max())
-    if not (low >= 0 and high <= 1):  # nan, too
+    if not (low >= 0 and high <= 1):
         raise ValueError(
             f"y_proba: expected probabilities, from 0 to 1, got numbers from {low:g} to {high:g}; "
             f"for logits say logits="
+        )
+
+
+def _warn_unless_normalized(proba: Tensor) -> None:
+    """scikit-learn's warning, at its tolerance."""
+    tolerance = math.sqrt(torch.finfo(proba.dtype).eps) + 1e-8
+    if bool(((proba.sum(-1) - 1).abs() > tolerance).any()):
+        warn(
+            "The y_proba values do not sum to one. Make sure to pass probabilities "
+            "(logits= takes logits).",
+            CrossentWarning,
         )
 
 
@@ -186,51 +248,3 @@ def _two_columns(name: str, scores: Tensor) -> Tensor:
     if not scores.numel():
         raise ValueError(f"{name}: expected rows and classes, got shape {tuple(scores.shape)}")
     return scores
-
-
-def _encode(y_true: Any, labels: Any, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Labels as the numbers of their columns."""
-    import numpy as np
-
-    true = _labels("y_true", y_true)
-    if true.shape != (shape[0],):
-        raise ValueError(f"y_true: expected shape ({shape[0]},) as {name} has, got {true.shape}")
-    given = true if labels is None else _labels("labels", labels)
-    known = np.unique(given)
-    if len(known) != shape[1]:
-        raise ValueError(
-            f"labels: expected {shape[1]} of them, one a column of {name}, got {len(known)}"
-            + ("; say labels= where y_true does not have all of them" if labels is None else "")
-        )
-    if labels is not None and not np.array_equal(known, given):
-        warn(
-            f"labels: the columns of {name} are taken to be in sorted order, {known.tolist()}, got "
-            f"labels {given.tolist()}",
-            CrossentWarning,
-        )
-    place = np.searchsorted(known, true).clip(max=len(known) - 1)
-    unknown = known[place] != true
-    if unknown.any():
-        raise ValueError(f"y_true: expected one of labels, got {true[unknown][0]!r}")
-    return torch.from_numpy(place)
-
-
-def _labels(name: str, values: Any) -> Any:
-    """Labels as a NumPy array; none may be missing."""
-    import numpy as np
-
-    if isinstance(values, Tensor):
-        return as_tensor(name, values).cpu().numpy()
-    check_whole(name, values)
-    array = np.asarray(values)
-    try:
-        missing = array != array
-        if not np.any(missing):
-            np.unique(array)  # sorts
-            return array
-    except TypeError:  # None or pandas.NA among them
-        pass
-    raise ValueError(
-        f"{name}: expected labels of one kind, got some that are missing or cannot be sorted; "
-        f"leave these rows out"
-    )

@@ -33,6 +33,9 @@ class _Sums(Metric):
 
     def _add_sums(self, names: Sequence[str], size: tuple[int, ...], options: str) -> None:
         """States that start at 0; their names carry the options, for a collection goes by names."""
+        update = type(self).update
+        if update.__module__ != __name__:  # a subclass that sums something else
+            options += f", update={update.__module__}.{update.__qualname__}"
         self._states = {name: f"{name}[{options}]" for name in names}
         for state in self._states.values():
             zeros = torch.zeros(size, dtype=torch.float64, device=self.device)
@@ -45,6 +48,18 @@ class _Sums(Metric):
     def _grow(self, name: str, part: Tensor) -> None:
         total = self._sum(name)
         setattr(self, self._states[name], total + part.to(total.device, total.dtype))
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """A figure of a value, or of a list of values step by step, as in torchmetrics.
+
+        Args:
+            val: what ``forward`` or ``compute`` gave, or a list of such; by default ``compute()``.
+            ax: matplotlib's axes to draw on; by default those of a new figure.
+
+        Returns:
+            The figure (None where ``ax`` was given) and its axes.
+        """
+        return self._plot(val, ax)
 
     def _apply(  # type: ignore[override]  # torch's takes no exclude_state, torchmetrics' no recurse
         self, fn: Callable[..., Any], exclude_state: Sequence[str] = "", recurse: bool = True
@@ -91,6 +106,7 @@ class CrossEntropy(_Sums):
     """
 
     weight: Tensor | None
+    plot_lower_bound = 0.0
 
     def __init__(
         self,
@@ -122,6 +138,8 @@ class CrossEntropy(_Sums):
 class Perplexity(CrossEntropy):
     """exp of the mean cross-entropy; arguments as for :class:`CrossEntropy`."""
 
+    plot_lower_bound = 1.0
+
     def compute(self) -> Tensor:
         """The perplexity; nan where nothing counts."""
         return super().compute().exp()
@@ -139,6 +157,8 @@ class CalibrationError(_Sums):
         ignore_index: rows with this target do not count.
         settings: torchmetrics' own keyword arguments.
     """
+
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     def __init__(
         self, bins: int = 15, dim: int = -1, ignore_index: int = -100, **settings: Any
