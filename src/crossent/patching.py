@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from types import TracebackType
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType, TracebackType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,6 @@ from torch import Tensor
 
 from .backends.reduction import legacy_reduction
 from .functional import cross_entropy as _ours
-from .problem.options import Reduction
 
 _torchs: Callable[..., Tensor] = F.cross_entropy  # what stands there when no patch is active
 
@@ -36,14 +37,49 @@ def cross_entropy(
         return _torchs(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    return _ours(
+    return _called(
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    )
+
+
+def _called(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """Ours, with the options of :func:`losses_with`; what ``torch.jit.script`` does not read."""
+    options: Mapping[str, Any] = _options.get()
+    if label_smoothing:
+        options = {**options, "label_smoothing": label_smoothing}
+    ours: Any = _ours  # its overloads ask for the keywords one by one
+    loss: Tensor = ours(
         input,
         target,
         weight,
         ignore_index=ignore_index,
-        reduction=cast("Reduction", legacy_reduction(size_average, reduce, reduction)),
-        label_smoothing=label_smoothing,
+        reduction=legacy_reduction(size_average, reduce, reduction),
+        **options,
     )
+    return loss
+
+
+#: Options of losses that come by torch's signature, which has no room for them.
+_options: ContextVar[Mapping[str, Any]] = ContextVar("options", default=MappingProxyType({}))
+
+
+@contextmanager
+def losses_with(**options: Any) -> Iterator[None]:
+    """Inside here, in this thread, losses by torch's signature have these options of ours."""
+    token = _options.set(options)
+    try:
+        yield
+    finally:
+        _options.reset(token)
 
 
 _lock = threading.RLock()

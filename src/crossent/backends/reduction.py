@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..problem.torch_internals import readable
+from ..problem.warnings import caller
 from .numerics import ordered_sum
 
 _NOTHING_COUNTS = (
@@ -81,6 +82,6 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: 
     meant = "none" if reduce is False else summed
     warnings.warn(
         f"size_average and reduce are deprecated in torch; use reduction='{meant}' instead",
-        stacklevel=3,
+        stacklevel=caller()[1],
     )
     return meant

@@ -146,7 +146,7 @@ def linear_cross_entropy(
     problem = prepare_features(
         input, linear_weight, linear_bias, target, weight, sample_weight, denominator, chosen
     )
-    _check_sparsification(gradient_tolerance, gradient_mode)
+    check_sparsification(gradient_tolerance, gradient_mode)
     chunk_rows = None if chunk_rows is None else check_chunk_rows(chunk_rows)
     if linear_weight.dim() > 2:
         return _with_logits(tensors, problem, denominator)
@@ -189,7 +189,8 @@ def _compiles_as_logits(problem: Problem) -> bool:
     return torch.compiler.is_compiling() and bool(more)
 
 
-def _check_sparsification(tolerance: float, mode: str) -> None:
+def check_sparsification(tolerance: float, mode: str) -> None:
+    """Raise unless these are a tolerance and a mode of sparse gradients."""
     check_scalar("gradient_tolerance", tolerance, low=0.0)
     if mode not in MODES:
         raise ValueError(f"gradient_mode: expected one of {', '.join(MODES)}, got {mode!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_PARTS = ("fastai", "huggingface", "sklearn", "torchmetrics")
+_PARTS = ("fastai", "huggingface", "sklearn", "torchmetrics", "trl")
 
 
 def __getattr__(name: str) -> ModuleType:

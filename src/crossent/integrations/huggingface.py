@@ -1,58 +1,118 @@
 """Hugging Face: any transformers model trains through the fused head, with no code for each model.
 
-    with crossent.integrations.huggingface.patch(model):
+    with crossent.integrations.huggingface.patch(model) as patched:
         trainer.train()
+    print(patched.report())
 
 The output head's logits become lazy while the model trains (:mod:`crossent.head.lazy`), so that the
 model's own loss, whatever it does to them on the way, meets :func:`crossent.linear_cross_entropy`.
-In evaluation and generation, and for whoever looks at them, they are what they were.
+In generation, and for whoever looks at them, they are what they were.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from types import TracebackType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import cross_entropy, entropy, log_prob
-from ..head.lazy import LazyLinear
+from ..functional import cross_entropy
+from ..head.lazy import LazyLogits, Report, Watch
+from ..patching import losses_with
 from ..patching import patch as patched_loss
+from ..problem.options import GradientMode
+from . import heads
+from .heads import StepStats
 
-_LOSS = "_loss_function"  # where transformers keeps a loss that was set
-
-
-class _Loss:
-    """A model's loss function in which F.cross_entropy is ours."""
-
-    def __init__(self, original: Callable[..., Any], was_set: bool) -> None:
-        self.original, self.was_set = original, was_set
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a graph holds no change of globals
-            return self.original(*args, **kwargs)
-        with patched_loss():
-            return self.original(*args, **kwargs)
+_PATCH = "_crossent_patch"  # where a patched model keeps its patch
 
 
-def patch(model: nn.Module) -> ExitStack:
+class Patch:
+    """What :func:`patch` has done to a model; as a context manager it is undone at the end."""
+
+    def __init__(self, model: nn.Module, evaluation: bool, options: dict[str, Any]) -> None:
+        self.model, self.watch, self.evaluation = model, Watch(), evaluation
+        self.options = {name: value for name, value in options.items() if value is not None}
+        self._open: list[ExitStack] = []  # of forwards that run now
+
+    def report(self) -> Report:
+        """What became of the logits of each forward: fused, made (and who asked), bytes saved."""
+        return self.watch.report()
+
+    def undo(self) -> None:
+        """As :func:`unpatch`."""
+        unpatch(self.model)
+
+    close = undo
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def enter(self, inner: nn.Module) -> None:
+        """A forward begins: heads that are new become lazy, losses are ours."""
+        heads.become_lazy(inner, self.watch, self.options, self.evaluation)
+        stack = ExitStack()
+        stack.enter_context(patched_loss())
+        if inner.training:
+            losses = {k: v for k, v in self.options.items() if k not in heads.HEAD_OPTIONS}
+            stack.enter_context(losses_with(**losses))
+        self._open.append(stack)
+
+    def leave(self) -> None:
+        """A forward has ended."""
+        if self._open:
+            self._open.pop().close()
+
+
+def patch(
+    model: nn.Module,
+    *,
+    evaluation: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_dtype: torch.dtype | None = None,
+    gradient_tolerance: float = 0.0,
+    gradient_mode: GradientMode = "bounded",
+    chunk_rows: int | None = None,
+) -> Patch:
     """Train a transformers model through crossent: same loss and gradients, no (N, V) logits.
 
-    Language models (causal and masked) take the fused head where the output head is a linear layer;
-    the losses of other models (sequence and token classification, ...) are computed by
-    :func:`crossent.cross_entropy`. Weights, ``state_dict`` and ``save_pretrained`` stay as they
-    are. A compiled model keeps its logits.
+    Language models (causal, masked, sequence to sequence, with images or speech) take the fused
+    head where the output head is a linear layer; the losses of other models (sequence and token
+    classification, ...) are computed by :func:`crossent.cross_entropy`. Weights, ``state_dict``
+    and ``save_pretrained`` stay as they are. A compiled model keeps its logits.
+
+    Where a training step needs the logits themselves, it makes them, and one
+    :class:`crossent.MadeLogitsWarning` names the operation, its line and the fix.
 
     Args:
         model: a ``PreTrainedModel``, or one that PEFT has wrapped.
+        evaluation: evaluate without logits, too, where only the loss is asked for. Options of the
+            loss (smoothing, z-loss) are for training alone.
+        label_smoothing, z_loss, return_dtype: of the training loss, as for
+            :func:`crossent.cross_entropy`.
+        gradient_tolerance, gradient_mode, chunk_rows: as for
+            :func:`crossent.linear_cross_entropy`.
 
     Returns:
-        A context manager that undoes the patch at its end; or keep it and call :func:`unpatch`.
+        A :class:`Patch`: ``.report()`` tells what was saved; a context manager that undoes the
+        patch at its end, or keep it and call :func:`unpatch`. ``model.crossent_stats`` holds the
+        token accuracy and entropy of the latest loss.
 
     Raises:
-        TypeError: this is no transformers model, or its output head is no plain linear layer.
+        TypeError: this is no transformers model, or an output head is no linear layer.
         RuntimeError: the model is patched already.
 
     Example:
@@ -60,67 +120,114 @@ def patch(model: nn.Module) -> ExitStack:
         >>> transformers = pytest.importorskip("transformers")
         >>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=50)
         >>> model = transformers.GPT2LMHeadModel(config)
-        >>> with patch(model):
+        >>> with patch(model) as patched:
         ...     loss = model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss
         ...     loss.backward()
+        >>> print(patched.report())
+        forward  logits  fused          made by  saved
+        1        6 x 50  cross_entropy  -        1.2 KiB
+        1 forwards: 1 fused, 0 made; 1.2 KiB of logits never existed
     """
     inner = _inner(model)
-    if isinstance(getattr(inner, _LOSS, None), _Loss):
+    if _PATCH in vars(inner):
         raise RuntimeError("model: it is patched already; unpatch(model) first")
-    head = inner.get_output_embeddings()
-    if head is not None and type(head) is not nn.Linear:
-        raise TypeError(
-            f"model: expected an output head that is a torch.nn.Linear, got "
-            f"{type(head).__name__}; supported are plain heads, tied or not, and adapters "
-            f"elsewhere than on the head"
-        )
-    loss = _Loss(inner.loss_function, was_set=_LOSS in vars(inner))
-    inner.loss_function = loss
-    if head is not None:
-        _become(head, LazyLinear)
-    undo = ExitStack()
-    undo.callback(unpatch, model)
-    return undo
+    options: dict[str, Any] = {
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "return_dtype": return_dtype,
+        "gradient_tolerance": gradient_tolerance,
+        "gradient_mode": gradient_mode,
+        "chunk_rows": chunk_rows,
+    }
+    heads.check_options(options)
+    heads.check(inner)
+    patched = Patch(model, evaluation, options)
+    patched.watch.auxiliary_weight = heads.auxiliary_weight(inner)
+    vars(inner)[_PATCH] = patched
+    inner.crossent_stats = StepStats(patched.watch)
+    heads.become_lazy(inner, patched.watch, patched.options, patched.evaluation)
+    inner.register_forward_pre_hook(_enter)
+    inner.register_forward_hook(_leave, always_call=True)
+    heads.smoothers.add(inner)
+    return patched
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo :func:`patch`; nothing happens to a model that is not patched."""
+    """Undo :func:`patch`; nothing happens to a model that is not patched.
+
+    Adapters may have been added, merged or taken away meanwhile.
+    """
     inner = _inner(model)
-    head: Any = inner.get_output_embeddings()
-    loss = vars(inner).get(_LOSS)
-    if type(head) is LazyLinear:
-        _become(head, nn.Linear)
-    if isinstance(loss, _Loss):
-        if loss.was_set:
-            inner.loss_function = loss.original
-        else:
-            delattr(inner, _LOSS)
+    for root in {model, inner}:
+        heads.become_plain(root)
+    if vars(inner).pop(_PATCH, None) is None:
+        return
+    del inner.crossent_stats
+    for hooks, ours in ((inner._forward_pre_hooks, _enter), (inner._forward_hooks, _leave)):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key]
+            inner._forward_hooks_always_called.pop(key, None)
+    heads.smoothers.discard(inner)
 
 
-def _become(head: Any, kind: type[nn.Linear]) -> None:
-    """The same layer, weights and hooks and all, with another forward."""
-    head.__class__ = kind
+def _enter(inner: nn.Module, inputs: Any) -> None:
+    patched = vars(inner).get(_PATCH)
+    if patched is not None and not torch.compiler.is_compiling():
+        patched.enter(inner)
+
+
+def _leave(inner: nn.Module, inputs: Any, output: Any) -> None:
+    patched = vars(inner).get(_PATCH)
+    if patched is not None and not torch.compiler.is_compiling():
+        patched.leave()
 
 
 def _inner(model: nn.Module) -> Any:
-    """The transformers model itself: without PEFT's wrapper, without torch.compile's."""
+    """The transformers model itself: without the wrappers of PEFT and torch.compile."""
     inner: Any = getattr(model, "_orig_mod", model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
+    if not hasattr(inner, "get_output_embeddings"):
+        module = getattr(inner, "module", None)
+        hint = "; pass model.module" if hasattr(module, "get_output_embeddings") else ""
         raise TypeError(
-            f"model: expected a transformers.PreTrainedModel with loss_function (transformers from "
-            f"4.50 on), got {type(model).__name__}"
+            f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}{hint}"
         )
     return inner
 
 
-def compute_loss(
-    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-) -> Tensor:
-    r"""The causal loss for ``Trainer(compute_loss_func=...)``, exact under gradient accumulation.
+def compute_loss_for(model: nn.Module) -> Callable[..., Tensor]:
+    """:func:`compute_loss` with what only the model knows, for ``Trainer(compute_loss_func=...)``.
 
-    .. math:: \frac{1}{n} \sum_i -\log p_{i, t_{i + 1}}
+    That is whether its labels are shifted, and the weight of a mixture's auxiliary loss.
+
+    Example:
+        >>> import pytest
+        >>> transformers = pytest.importorskip("transformers")
+        >>> config = transformers.T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=1)
+        >>> model = transformers.T5ForConditionalGeneration(config)
+        >>> compute_loss_for(model).keywords
+        {'shift': False, 'auxiliary_weight': None}
+    """
+    inner = _inner(model)
+    kind = type(inner).__name__
+    shifted = not inner.config.is_encoder_decoder and "MaskedLM" not in kind
+    weight = heads.auxiliary_weight(inner)
+    return functools.partial(compute_loss, shift=shifted, auxiliary_weight=weight)
+
+
+def compute_loss(
+    outputs: Any,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    *,
+    shift: bool | None = None,
+    auxiliary_weight: float | None = None,
+) -> Tensor:
+    r"""The language-model loss for ``Trainer(compute_loss_func=...)``, exact under accumulation.
+
+    .. math:: \frac{1}{n} \sum_i -\log p_{i, t_{i + 1}} + w \, \text{aux}
 
     in nats, float32; n is ``num_items_in_batch``, or the number of labels that count. Of a patched
     model the logits are never made.
@@ -129,72 +236,57 @@ def compute_loss(
         outputs: what the model returned; its logits are (B, T, V).
         labels: (B, T), -100 where nothing is to be predicted.
         num_items_in_batch: how many labels count in all batches of an optimizer step.
+        shift_labels: labels that are shifted already; then ``labels`` are not read.
+        shift: whether row i predicts label i + 1; None: unless the outputs are those of an
+            encoder-decoder or a masked model.
+        auxiliary_weight: w, the weight of a mixture's auxiliary loss (``router_aux_loss_coef``);
+            None: that of a patched model.
+
+    Raises:
+        ValueError: the outputs hold an auxiliary loss whose weight is not known.
     """
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-    return cross_entropy(
+    logits = _entry(outputs, "logits")
+    if shift_labels is not None:
+        labels, shift = shift_labels, False
+    elif shift is None:
+        shift = _is_shifted(outputs)
+    loss = cross_entropy(
         logits,
         labels.to(logits.device),
         dim=-1,
-        shift=1,
+        shift=int(shift),
         denominator=num_items_in_batch,
         return_dtype=torch.float32,
     )
+    auxiliary = _entry(outputs, "aux_loss")
+    if auxiliary is None:
+        return loss
+    if auxiliary_weight is None and isinstance(logits, LazyLogits) and logits.origin.watch:
+        auxiliary_weight = logits.origin.watch.auxiliary_weight
+    if auxiliary_weight is None:
+        raise ValueError(
+            "outputs: they hold an aux_loss, whose weight is in the model's config; take "
+            "compute_loss_for(model), or give auxiliary_weight="
+        )
+    return loss + auxiliary_weight * cast("Tensor", auxiliary).to(loss.device)
 
 
-def selective_log_softmax(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
-) -> Tensor:
-    """log softmax(logits / temperature) at ``index``: TRL's function of that name.
-
-    Args:
-        logits: (..., V), or lazy ones of a patched model.
-        index: (...), or (..., K).
-        temperature: above 0.
-        row_mask: rows (...) that hold 0 are skipped and give 0.
-
-    Returns:
-        Log-probabilities in the shape of ``index`` and the dtype of ``logits``, with gradients.
-
-    Raises:
-        IndexError: an index that counts is out of range.
-    """
-    _check_temperature(temperature)
-    keep = None
-    if row_mask is not None:
-        keep = row_mask != 0
-        keep = keep if keep.dim() == index.dim() else keep.unsqueeze(-1)
-    index = _signed(index, keep, logits.shape[-1])
-    if keep is not None:
-        index = torch.where(keep, index, -100)
-    return log_prob(logits, index, logit_scale=1 / temperature, ignore_index=-100)
+def _is_shifted(outputs: Any) -> bool:
+    """Whether a model with such outputs predicts the next label."""
+    if _entry(outputs, "encoder_last_hidden_state") is not None:
+        return False
+    return not type(outputs).__name__.startswith(("Masked", "Seq2Seq"))
 
 
-def _signed(index: Tensor, keep: Tensor | None, classes: int) -> Tensor:
-    """The index in a type that can hold -100; no number of the other half of uint64 becomes one."""
-    if index.dtype not in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
-        return index
-    signed = index.to(torch.int64)
-    wrapped = signed < 0 if keep is None else (signed < 0) & keep
-    if index.dtype == torch.uint64 and bool(wrapped.any()):
-        value = int(signed[wrapped][0]) + 2**64
-        raise IndexError(f"index: expected a class from 0 to {classes - 1}, got {value}")
-    return signed
-
-
-def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature), in nats: TRL's function of that name.
-
-    Args:
-        logits: (..., V), or lazy ones of a patched model.
-        temperature: above 0.
-
-    Returns:
-        Entropies (...), with their gradient.
-    """
-    _check_temperature(temperature)
-    return entropy(logits, logit_scale=1 / temperature)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+def _entry(outputs: Any, name: str) -> Any:
+    """A named output of a model; of a plain tuple only the logits can be told."""
+    if isinstance(outputs, dict):
+        return outputs.get(name)
+    if isinstance(outputs, tuple) and not hasattr(outputs, "_fields"):
+        if name != "logits":
+            return None
+        found = [t for t in outputs if isinstance(t, Tensor) and t.dim() and t.is_floating_point()]
+        if not found:
+            raise TypeError("outputs: expected logits in the tuple, got none")
+        return found[0]
+    return getattr(outputs, name, None)

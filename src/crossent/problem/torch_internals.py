@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version as increment_version
 
+_T = TypeVar("_T", bound=Tensor)
 _keys, _tracing_state = torch._C._dispatch_keys, torch._C._get_tracing_state
 _BACKENDS = ("CPU", "CUDA", "XPU", "MPS")  # numbers in memory of their own
 
@@ -176,6 +177,13 @@ def no_torch_function() -> AbstractContextManager[None]:
     """Subclasses are taken for plain tensors inside here."""
     guard: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return guard
+
+
+def without_memory(kind: type[_T], like: Tensor, dtype: torch.dtype, device: torch.device) -> _T:
+    """A tensor of a subclass with the shape and strides of another, and no memory."""
+    make: Any = Tensor._make_wrapper_subclass
+    tensor: _T = make(kind, like.shape, strides=like.stride(), dtype=dtype, device=device)
+    return tensor
 
 
 def _traced() -> bool:

@@ -8,15 +8,20 @@ else makes the logits, for good: from then on they are an ordinary tensor, the l
 
 recipe    what the logits are, and under which circumstances they came about
 tensor    the tensor that stands for them: a recipe, or made
-rows, scores   what can be done to a recipe: rules for shapes and scales, and for losses
+gradient  what features and weight receive of it, and no numbers
+nodes     what stands in autograd's graph on the way
+maps, rows, scores, log_softmax, graph   what can be done to a recipe: the rules
 watch     what was fused, what was made and who asked for it
 linear    the layer
 """
 
-from . import rows as _rows  # noqa: F401  (they register their rules)
+from . import graph as _graph  # noqa: F401  (they register their rules)
+from . import log_softmax as _log_softmax  # noqa: F401
+from . import maps as _maps  # noqa: F401
+from . import rows as _rows  # noqa: F401
 from . import scores as _scores  # noqa: F401
 from .linear import LazyHead, LazyLinear
 from .tensor import LazyLogits
-from .watch import Watch
+from .watch import Report, Watch
 
-__all__ = ["LazyHead", "LazyLinear", "LazyLogits", "Watch"]
+__all__ = ["LazyHead", "LazyLinear", "LazyLogits", "Report", "Watch"]

@@ -13,20 +13,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...problem.torch_internals import autograd_inside_operators, no_torch_function, plain
-from .recipe import Ambient, Origin, Recipe
+from ...problem.torch_internals import (
+    autograd_inside_operators,
+    no_torch_function,
+    without_memory,
+)
 
 Effects = tuple[Tensor | None, ...]  # on features, weight, bias and shift of a recipe
 
 
-class Step(NamedTuple):
-    """What is done to lazy logits: to their numbers, their rows and what is added to them."""
+class Like(NamedTuple):
+    """What a gradient has in common with its tensor."""
 
-    act: Callable[..., Tensor]
-    ambient: Ambient
-    rows: Callable[[Tensor], Tensor] | None = None
-    shift: Callable[..., Tensor | None] = lambda shift: shift
-    extras: tuple[Tensor, ...] = ()  # further arguments of act and shift
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Like:
+        """That of a tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.device)
 
 
 class LazyGradient(Tensor):
@@ -39,13 +45,11 @@ class LazyGradient(Tensor):
 
     @staticmethod
     def like(
-        lazy: Tensor, effects: Callable[[], Effects], numbers: Callable[[], Tensor]
+        lazy: Like, effects: Callable[[], Effects], numbers: Callable[[], Tensor]
     ) -> LazyGradient:
         """The gradient of a tensor, by what it does further back and by its numbers."""
-        make: Any = Tensor._make_wrapper_subclass  # torch leaves it untyped
-        gradient: LazyGradient = make(
-            LazyGradient, lazy.shape, dtype=lazy.dtype, device=lazy.device
-        )
+        shape = torch.empty(lazy.shape, device="meta")
+        gradient = without_memory(LazyGradient, shape, lazy.dtype, lazy.device)
         gradient._effects, gradient._numbers = effects, numbers
         gradient._known = gradient._dense = None
         return gradient
@@ -91,11 +95,11 @@ class LazyGradient(Tensor):
     ) -> Any:
         one = args[0]
         if func in _ALIKE and isinstance(one, LazyGradient) and one.is_lazy:
-            return cls.like(one, one.effects, one.dense)
+            return cls.like(Like.of(one), one.effects, one.dense)
         if func is torch.ops.aten.add.Tensor and not kwargs and _both_lazy(one, args[1]):
             other: LazyGradient = args[1]
             return cls.like(
-                one,
+                Like.of(one),
                 lambda: tuple(map(_sum, one.effects(), other.effects())),
                 lambda: one.dense() + other.dense(),
             )
@@ -128,203 +132,3 @@ def densely(value: Any) -> Any:
 # What Python may ask without looking at the numbers: attributes, aliases, the sum.
 _UNSEEN = {"__get__", "__set__", "detach", "clone", "size", "dim", "numel", "add", "__add__"}
 _ALIKE = {torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default}
-
-
-class RootStep(torch.autograd.Function):
-    """The head: from features, weight and bias to lazy logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, recipe: Recipe, origin: Origin, empty: Callable[[], Tensor], *tensors: Any
-    ) -> Tensor:
-        """A tensor without memory."""
-        # Not among the saved tensors: hooks would copy the weight. Versions are checked by origin.
-        ctx.recipe, ctx.origin = recipe, origin
-        return empty()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of features, weight and bias."""
-        gradient, needs = grad_outputs[0], ctx.needs_input_grad[3:]
-        if isinstance(gradient, LazyGradient) and gradient.is_lazy:
-            found: Effects = gradient.effects()
-        else:
-            ctx.origin.check("backward")
-            aliases = aliased(ctx.recipe.tensors, needs)
-            with ctx.origin.ambient._replace(grad=True).again():
-                logits = ctx.recipe.holding(aliases).make()
-            found = pulled(logits, aliases, needs, densely(gradient))
-        return None, None, None, *(f if n else None for f, n in zip(found, needs, strict=True))
-
-
-class StepNode(torch.autograd.Function):
-    """One step on the way from the head to the loss."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        lazy: Tensor,
-        recipe: Recipe,
-        step: Step,
-        origin: Origin,
-        empty: Callable[[], Tensor],
-        *extras: Tensor,
-    ) -> Tensor:
-        """A tensor without memory."""
-        ctx.recipe, ctx.step, ctx.origin = recipe, step, origin
-        ctx.like = (lazy.shape, lazy.dtype, lazy.device)
-        return empty()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of what the step was done to, and of its further arguments."""
-        gradient, recipe, step = grad_outputs[0], ctx.recipe, ctx.step
-        needs = ctx.needs_input_grad[5:]
-        nothing = (None, None, None, None)
-
-        def numbers() -> Effects:
-            ctx.origin.check("backward")
-            return _pulled_by_numbers(recipe, step, densely(gradient), (True, *needs))
-
-        if not (isinstance(gradient, LazyGradient) and gradient.is_lazy):
-            before, *more = numbers()
-            return before, *nothing, *more
-        above, extras = _pulled_by_effects(recipe, step, gradient, needs)
-        shape, dtype, device = ctx.like
-        like = torch.empty((), dtype=dtype, device=device).expand(shape)
-        return (
-            LazyGradient.like(like, above, lambda: _certain(numbers()[0])),
-            *nothing,
-            *extras,
-        )
-
-
-def _certain(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise RuntimeError("a gradient was asked for and is missing")
-    return tensor
-
-
-def _pulled_by_numbers(
-    recipe: Recipe, step: Step, gradient: Tensor, needs: tuple[bool, ...]
-) -> Effects:
-    """The gradients of a step's arguments from that of its result."""
-    graph = torch.is_grad_enabled()
-    with torch.set_grad_enabled(graph):
-        logits = recipe.make() if graph else recipe.make().detach()
-    arguments = aliased((logits, *step.extras), (True, *needs[1:]))
-    with step.ambient._replace(grad=True).again():
-        result = step.act(*arguments)
-    return pulled(result, arguments, needs, gradient)
-
-
-def _pulled_by_effects(
-    recipe: Recipe, step: Step, gradient: LazyGradient, needs: tuple[bool, ...]
-) -> tuple[Callable[[], Effects], Effects]:
-    """The effects before a step from those after it, and the gradients of its further arguments."""
-
-    def shifted(wanted: tuple[bool, ...]) -> Effects:
-        """Of the shift before the step and of its further arguments."""
-        above = gradient.effects()[3]
-        before = (recipe.shift, *step.extras)
-        if above is None:
-            return (None,) * len(before)
-        arguments = aliased(
-            before, tuple(w and b is not None for w, b in zip(wanted, before, strict=True))
-        )
-        with torch.enable_grad():
-            shift = step.shift(*arguments)
-        return pulled(_certain(shift), arguments, wanted, above)
-
-    def effects() -> Effects:
-        dx, dweight, dbias, _ = gradient.effects()
-        if step.rows is not None and dx is not None:
-            blank = dx.new_empty(1).expand(recipe.features.shape).requires_grad_()
-            with torch.enable_grad():
-                moved = step.rows(blank)
-            (dx,) = torch.autograd.grad(
-                moved, blank, dx, create_graph=torch.is_grad_enabled() and dx.requires_grad
-            )
-        if recipe.shift is None:
-            return dx, dweight, dbias, None
-        return dx, dweight, dbias, shifted((True, *(False for _ in step.extras)))[0]
-
-    return effects, shifted((False, *needs))[1:] if any(needs) else (None,) * len(needs)
-
-
-class Score(torch.autograd.Function):
-    """A loss, or the like, of lazy logits: forward by the fused head, back by a lazy gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        lazy: Tensor,
-        recipe: Recipe,
-        fused: Callable[..., Tensor],
-        dense: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """``fused`` is the score of a recipe, ``dense`` that of the logits themselves."""
-        ctx.recipe, ctx.fused, ctx.dense = recipe, fused, dense
-        ctx.like = (lazy.shape, lazy.dtype, lazy.device)
-        ctx.needs = tuple(t is not None and t.requires_grad for t in recipe.tensors)
-        ctx.aliases = tuple(
-            None if t is None else t.detach().requires_grad_(n)
-            for t, n in zip(recipe.tensors, ctx.needs, strict=True)
-        )
-        with torch.enable_grad():
-            ctx.result = fused(recipe.holding(ctx.aliases))
-        return ctx.result.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        """The gradient of the logits."""
-        upstream = grad_outputs[0]
-
-        def effects() -> Effects:
-            if not torch.is_grad_enabled():
-                return pulled(ctx.result, ctx.aliases, ctx.needs, upstream)
-            aliases = aliased(ctx.recipe.tensors, ctx.needs)
-            return pulled(ctx.fused(ctx.recipe.holding(aliases)), aliases, ctx.needs, upstream)
-
-        def numbers() -> Tensor:
-            graph = torch.is_grad_enabled()
-            logits = ctx.recipe.make() if graph else ctx.recipe.make().detach()
-            (alias,) = aliased((logits,), (True,))
-            with torch.enable_grad():
-                score = ctx.dense(_certain(alias))
-            return _certain(pulled(score, (alias,), (True,), upstream)[0])
-
-        if not plain(upstream):  # batched: transforms know numbers alone
-            return numbers(), None, None, None
-        shape, dtype, device = ctx.like
-        like = torch.empty((), dtype=dtype, device=device).expand(shape)
-        return LazyGradient.like(like, effects, numbers), None, None, None
-
-
-def aliased(tensors: Effects, needs: tuple[bool, ...]) -> Effects:
-    """Tensors to differentiate by: the caller's own may depend on each other and carry hooks."""
-    graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        return tuple(
-            t
-            if t is None or not needed
-            else t.view_as(t)
-            if graph and t.requires_grad
-            else t.detach().requires_grad_()
-            for t, needed in zip(tensors, needs, strict=True)
-        )
-
-
-def pulled(result: Tensor, tensors: Effects, needs: tuple[bool, ...], gradient: Tensor) -> Effects:
-    """The gradients of tensors from that of a result; None where not needed."""
-    wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed and t is not None]
-    graph = torch.is_grad_enabled()
-    found = iter(
-        torch.autograd.grad(
-            result, wanted, gradient, create_graph=graph, retain_graph=True, allow_unused=True
-        )
-    )
-    return tuple(
-        next(found) if needed and t is not None else None
-        for t, needed in zip(tensors, needs, strict=True)
-    )

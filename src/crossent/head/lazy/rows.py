@@ -1,55 +1,16 @@
-"""Rules for what moves rows, scales logits or changes their dtype: still a recipe afterwards.
-
-Whatever a rule does not know for certain (an argument that torch takes and it does not, another
-axis, a dtype) is NotImplemented: the logits are made, and torch does it.
-"""
+"""Rules for what takes rows, or shows them in another shape or order: still a recipe afterwards."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gradient import Step
-from .recipe import Ambient
-from .tensor import RULES, LazyLogits
-
-_Rule = Callable[..., Any]
-
-
-def rule(*functions: Any) -> Callable[[_Rule], _Rule]:
-    """The rule of these functions of torch; arguments that it has no name for are beyond it."""
-
-    def register(body: _Rule) -> _Rule:
-        signature = inspect.signature(body)
-
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.pop("out", None) is not None:
-                return NotImplemented
-            try:
-                signature.bind(*args, **kwargs)
-            except TypeError:
-                return NotImplemented
-            return body(*args, **kwargs)
-
-        RULES.update(dict.fromkeys(functions, guarded))
-        return body
-
-    return register
-
-
-def _classes_last(lazy: LazyLogits) -> bool:
-    return lazy.recipe.axis % lazy.dim() == lazy.dim() - 1
-
-
-def step_of(act: Callable[..., Tensor], lazy: LazyLogits, **more: Any) -> Step:
-    """What is done now, to be done to numbers when there are some."""
-    return Step(act, Ambient.here(lazy.device), **more)
+from .maps import classes_last, rule, step_of
+from .tensor import LazyLogits
 
 
 def _moved(lazy: LazyLogits, act: Callable[[Tensor], Tensor], *, copy: bool = False) -> LazyLogits:
@@ -57,140 +18,6 @@ def _moved(lazy: LazyLogits, act: Callable[[Tensor], Tensor], *, copy: bool = Fa
     recipe = lazy.recipe._replace(features=act(lazy.recipe.features))
     step = step_of(act, lazy, rows=act)
     return lazy.copy_by(recipe, step) if copy else lazy.view_by(recipe, step)
-
-
-def _number(value: Any) -> float | None:
-    """A factor that a recipe can hold."""
-    if isinstance(value, Tensor):
-        if value.dim() or value.requires_grad or value.device.type != "cpu":
-            return None
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    number = float(value)
-    return number if math.isfinite(number) and number else None
-
-
-def _scaled(lazy: LazyLogits, factor: float | None, act: Callable[[Tensor], Tensor]) -> Any:
-    recipe = None if factor is None else lazy.recipe.scaled(factor)
-    if recipe is None or factor is None:
-        return NotImplemented
-    inner = recipe.factor / lazy.recipe.factor  # what the shift is multiplied by
-    step = step_of(act, lazy, shift=lambda shift: None if shift is None else shift * inner)
-    return lazy.copy_by(recipe, step)
-
-
-@rule(Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, torch.mul, torch.multiply)
-def _mul(input: LazyLogits, other: Any) -> Any:
-    return _scaled(input, _number(other), lambda z: z * other)
-
-
-@rule(Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__)
-@rule(torch.div, torch.divide, torch.true_divide)
-def _div(input: LazyLogits, other: Any) -> Any:
-    divisor = _number(other)
-    return _scaled(input, None if divisor is None else 1 / divisor, lambda z: z / other)
-
-
-@rule(Tensor.neg, Tensor.negative, Tensor.__neg__, torch.neg, torch.negative)
-def _neg(input: LazyLogits) -> Any:
-    return _scaled(input, -1.0, lambda z: -z)
-
-
-@rule(Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
-def _add(input: LazyLogits, other: Any) -> Any:
-    """A bias: a vector over the classes, in any shape that broadcasts so."""
-    recipe = input.recipe
-    if not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not _classes_last(input):
-        return NotImplemented
-    if recipe.cap is not None or recipe.sign or not other.is_floating_point() or not other.dim():
-        return NotImplemented
-    if other.numel() != input.shape[-1] or other.shape[-1] != input.shape[-1]:
-        return NotImplemented
-    if other.dim() > input.dim() or other.device != input.device:
-        return NotImplemented
-
-    def shifted(shift: Tensor | None, vector: Tensor) -> Tensor:
-        return vector.reshape(-1) if shift is None else shift + vector.reshape(-1)
-
-    dtype = torch.promote_types(recipe.dtype, other.dtype)
-    step = step_of(lambda z, vector: z + vector, input, shift=shifted, extras=(other,))
-    recipe = recipe._replace(shift=shifted(recipe.shift, other), dtype=dtype)
-    return input.copy_by(recipe, step)
-
-
-@rule(Tensor.tanh, torch.tanh)
-def _tanh(input: LazyLogits) -> Any:
-    recipe = input.recipe
-    if recipe.cap is not None or recipe.sign:
-        return NotImplemented
-    return input.copy_by(recipe._replace(cap=1.0), step_of(torch.tanh, input))
-
-
-# A change of dtype.
-
-
-def _cast(lazy: LazyLogits, dtype: torch.dtype, *, copy: bool = False) -> Any:
-    if not dtype.is_floating_point:
-        return NotImplemented
-    if dtype == lazy.dtype and not copy:
-        return lazy  # as torch: the same tensor
-    recipe = lazy.recipe._replace(dtype=dtype)
-    return lazy.copy_by(recipe, step_of(lambda z: z.to(dtype, copy=copy), lazy))
-
-
-@rule(Tensor.to)
-def _to(lazy: LazyLogits, *args: Any, non_blocking: bool = False, **kwargs: Any) -> Any:
-    """To a dtype, on the device where it is."""
-    dtype, copy = kwargs.pop("dtype", None), kwargs.pop("copy", False)
-    device = kwargs.pop("device", None)
-    for given in args:
-        if isinstance(given, torch.dtype) and dtype is None:
-            dtype = given
-        elif isinstance(given, (str, torch.device)) and device is None:
-            device = given
-        elif isinstance(given, Tensor) and len(args) == 1:
-            dtype, device = given.dtype, given.device
-        else:
-            return NotImplemented
-    if kwargs or (device is not None and torch.empty(0, device=device).device != lazy.device):
-        return NotImplemented
-    return _cast(lazy, dtype or lazy.dtype, copy=bool(copy))
-
-
-@rule(Tensor.type)
-def _type(lazy: LazyLogits, dtype: Any) -> Any:
-    return _cast(lazy, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
-
-
-rule(Tensor.float)(lambda lazy: _cast(lazy, torch.float32))
-rule(Tensor.double)(lambda lazy: _cast(lazy, torch.float64))
-rule(Tensor.half)(lambda lazy: _cast(lazy, torch.float16))
-rule(Tensor.bfloat16)(lambda lazy: _cast(lazy, torch.bfloat16))
-
-
-# Copies and aliases.
-
-
-@rule(Tensor.contiguous)
-def _contiguous(lazy: LazyLogits) -> Any:
-    if lazy.skeleton.is_contiguous():
-        return lazy
-    copy = lazy.copy_by(lazy.recipe, step_of(lambda z: z.contiguous(), lazy))
-    copy.skeleton = copy.skeleton.contiguous()
-    return copy
-
-
-@rule(Tensor.clone, torch.clone)
-def _clone(input: LazyLogits) -> Any:
-    return input.copy_by(input.recipe, step_of(lambda z: z.clone(), input))
-
-
-@rule(Tensor.detach, torch.detach)
-def _detach(input: LazyLogits) -> Any:
-    tensors = tuple(None if t is None else t.detach() for t in input.recipe.tensors)
-    with torch.no_grad():
-        return input.view_by(input.recipe.holding(tensors), step_of(lambda z: z.detach(), input))
 
 
 # Rows in another shape or order.
@@ -204,7 +31,7 @@ def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...] | None:
 
 
 def _reshaped(lazy: LazyLogits, sizes: tuple[int, ...] | None) -> Any:
-    if not sizes or not _classes_last(lazy):
+    if not sizes or not classes_last(lazy):
         return NotImplemented
     *leading, last = sizes
     classes, rows = lazy.shape[-1], math.prod(lazy.shape[:-1])
@@ -233,7 +60,7 @@ def _reshape_as(lazy: LazyLogits, other: Tensor) -> Any:
 @rule(Tensor.flatten, torch.flatten)
 def _flatten(input: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
     start, end = start_dim % input.dim(), end_dim % input.dim()
-    if not _classes_last(input) or end >= input.dim() - 1:
+    if not classes_last(input) or end >= input.dim() - 1:
         return NotImplemented if start != end else input
     return _moved(input, lambda t: t.flatten(start, end))
 
@@ -241,7 +68,7 @@ def _flatten(input: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
 @rule(Tensor.unflatten, torch.unflatten)
 def _unflatten(input: LazyLogits, dim: int, sizes: Any) -> Any:
     dim = dim % input.dim()
-    if not _classes_last(input) or dim == input.dim() - 1:
+    if not classes_last(input) or dim == input.dim() - 1:
         return NotImplemented
     return _moved(input, lambda t: t.unflatten(dim, sizes))
 
@@ -249,7 +76,7 @@ def _unflatten(input: LazyLogits, dim: int, sizes: Any) -> Any:
 @rule(Tensor.unsqueeze, torch.unsqueeze)
 def _unsqueeze(input: LazyLogits, dim: int) -> Any:
     dim = dim % (input.dim() + 1)
-    if not _classes_last(input) or dim == input.dim():
+    if not classes_last(input) or dim == input.dim():
         return NotImplemented
     return _moved(input, lambda t: t.unsqueeze(dim))
 
@@ -257,7 +84,7 @@ def _unsqueeze(input: LazyLogits, dim: int) -> Any:
 @rule(Tensor.squeeze, torch.squeeze)
 def _squeeze(input: LazyLogits, dim: int) -> Any:
     dim = dim % input.dim()
-    if not _classes_last(input) or dim == input.dim() - 1:
+    if not classes_last(input) or dim == input.dim() - 1:
         return NotImplemented
     return _moved(input, lambda t: t.squeeze(dim))
 
@@ -307,7 +134,7 @@ def _movedim(input: LazyLogits, source: int, destination: int) -> Any:
 @rule(Tensor.narrow, torch.narrow)
 def _narrow(input: LazyLogits, dim: int, start: int, length: int) -> Any:
     dim = dim % input.dim()
-    if not _classes_last(input) or dim == input.dim() - 1:
+    if not classes_last(input) or dim == input.dim() - 1:
         return NotImplemented
     return _moved(input, lambda t: t.narrow(dim, start, length))
 
@@ -315,7 +142,7 @@ def _narrow(input: LazyLogits, dim: int, start: int, length: int) -> Any:
 @rule(Tensor.select, torch.select)
 def _select(input: LazyLogits, dim: int, index: int) -> Any:
     dim = dim % input.dim()
-    if not _classes_last(input) or dim == input.dim() - 1:
+    if not classes_last(input) or dim == input.dim() - 1:
         return NotImplemented
     return _moved(input, lambda t: t.select(dim, index))
 
@@ -323,7 +150,7 @@ def _select(input: LazyLogits, dim: int, index: int) -> Any:
 @rule(Tensor.index_select, torch.index_select)
 def _index_select(input: LazyLogits, dim: int, index: Tensor) -> Any:
     dim = dim % input.dim()
-    if not _classes_last(input) or dim == input.dim() - 1:
+    if not classes_last(input) or dim == input.dim() - 1:
         return NotImplemented
     return _moved(input, lambda t: t.index_select(dim, index), copy=True)
 
@@ -335,7 +162,7 @@ def _pieces(lazy: LazyLogits, count: int, piece: Callable[[Tensor, int], Tensor]
 @rule(Tensor.split, torch.split)
 def _split(tensor: LazyLogits, split_size_or_sections: Any, dim: int = 0) -> Any:
     dim, sizes = dim % tensor.dim(), split_size_or_sections
-    if not _classes_last(tensor) or dim == tensor.dim() - 1:
+    if not classes_last(tensor) or dim == tensor.dim() - 1:
         return NotImplemented
     count = -(-tensor.shape[dim] // sizes) if isinstance(sizes, int) else len(sizes)
     return _pieces(tensor, count, lambda t, i: t.split(sizes, dim)[i])
@@ -344,7 +171,7 @@ def _split(tensor: LazyLogits, split_size_or_sections: Any, dim: int = 0) -> Any
 @rule(Tensor.chunk, torch.chunk)
 def _chunk(input: LazyLogits, chunks: int, dim: int = 0) -> Any:
     dim = dim % input.dim()
-    if not _classes_last(input) or dim == input.dim() - 1:
+    if not classes_last(input) or dim == input.dim() - 1:
         return NotImplemented
     size = -(-input.shape[dim] // chunks)
     count = -(-input.shape[dim] // size) if size else 0
@@ -354,7 +181,7 @@ def _chunk(input: LazyLogits, chunks: int, dim: int = 0) -> Any:
 @rule(Tensor.unbind, torch.unbind)
 def _unbind(input: LazyLogits, dim: int = 0) -> Any:
     dim = dim % input.dim()
-    if not _classes_last(input) or dim == input.dim() - 1:
+    if not classes_last(input) or dim == input.dim() - 1:
         return NotImplemented
     return _pieces(input, input.shape[dim], lambda t, i: t.select(dim, i))
 
@@ -378,7 +205,7 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
 def _leading_index(lazy: LazyLogits, index: Any) -> tuple[Any, ...] | None:
     """The index without what it says of the classes; None where it does not take all of them."""
     index = index if isinstance(index, tuple) else (index,)
-    if not _classes_last(lazy) or any(isinstance(i, (bool, LazyLogits)) for i in index):
+    if not classes_last(lazy) or any(isinstance(i, (bool, LazyLogits)) for i in index):
         return None
     kinds = (int, slice, Tensor, type(None), type(Ellipsis))
     if not all(isinstance(i, kinds) for i in index):

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends.reduction import legacy_reduction
 from ...backends.results import Stats
 from ...backends.subclasses import flattened
 from ...functional import cross_entropy, entropy, log_prob
@@ -20,30 +19,28 @@ from ...patching import cross_entropy as torchs_cross_entropy
 from ...problem.options import Options
 from ..functional import linear_cross_entropy
 from ..row_values import linear_entropy, linear_log_prob
-from .gradient import Score
+from .nodes import Score
 from .recipe import Learnt, Recipe
-from .rows import rule, step_of
 from .tensor import SCORES, LazyLogits, unwrapped
 
 _HEADS = ("gradient_tolerance", "gradient_mode", "chunk_rows")  # options that only a head has
-_NO_INDEX = -(2**62)  # an ignore_index that torch's gather does not have
 
 
-def _fuses(
+def fuses(
     lazy: LazyLogits,
     dim: int | None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
 ) -> bool:
     """Whether a linear head gives the logits that are to be scored."""
-    if lazy.is_made or not _on_classes(lazy, dim):
+    if lazy.is_made or not on_classes(lazy, dim):
         return False
     if lazy.recipe.cap is not None:  # what comes after the cap scales it
         return softcap is None and not isinstance(logit_scale, Tensor) and bool(logit_scale)
     return True
 
 
-def _head(
+def options_of(
     recipe: Recipe,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
@@ -59,32 +56,32 @@ def _head(
     return options
 
 
-def _score(
+def score(
     lazy: LazyLogits,
     fused: Callable[[Recipe], Tensor],
     dense: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """A score of lazy logits, or of the logits of log-probabilities; its graph goes through them."""
+    """A score of lazy logits, or of log-probabilities; its graph goes through them."""
     lazy.origin.check("cross_entropy")
-    fused_of = fused
 
-    def fused(recipe: Recipe) -> Tensor:
-        return fused_of(recipe._replace(sign=0))
+    def score(recipe: Recipe) -> Tensor:
+        return fused(recipe._replace(sign=0))
 
     if lazy.requires_grad and torch.is_grad_enabled():
         node: Any = Score  # torch leaves apply untyped
-        return cast("Tensor", node.apply(lazy, lazy.recipe, fused, dense))
+        return cast("Tensor", node.apply(lazy, lazy.recipe, score, dense))
     with torch.no_grad():
-        return fused(lazy.recipe)
+        return score(lazy.recipe)
 
 
-def _differentiates(*others: Any) -> bool:
+def differentiates(*others: Any) -> bool:
     """Whether a gradient is wanted of anything else than the logits."""
     tensors = (t for t in others if isinstance(t, Tensor))
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _on_classes(lazy: LazyLogits, dim: int | None) -> bool:
+def on_classes(lazy: LazyLogits, dim: int | None) -> bool:
+    """Whether an axis is that of the classes; None is torch's rule."""
     axes = lazy.dim()
     return (min(axes - 1, 1) if dim is None else dim % axes) == lazy.recipe.axis % axes
 
@@ -116,11 +113,13 @@ def _scored(
     **options: Any,
 ) -> Any:
     """The loss by the fused head, or of logits that have been made."""
-    given = {k: options.pop(k) for k in ("softcap", "logit_scale", "return_dtype") if k in options}
+    given: dict[str, Any] = {
+        k: options.pop(k) for k in ("softcap", "logit_scale", "return_dtype") if k in options
+    }
     maps = {k: given[k] for k in ("softcap", "logit_scale") if k in given}
     others = (target, weight, *options.values(), *given.values())
     scored: Any = cross_entropy  # its overloads ask for the keywords one by one
-    if input.recipe.sign or not _fuses(input, dim, **maps) or _differentiates(*others):
+    if input.recipe.sign or not fuses(input, dim, **maps) or differentiates(*others):
         made: Tensor = unwrapped(input, "cross_entropy")
         more = dict(options, **given)
         return scored(made, target, weight, dim=dim, return_stats=return_stats, **more)
@@ -129,13 +128,13 @@ def _scored(
         rows = target.movedim(input.recipe.axis, -1)
 
     def dense(logits: Tensor) -> Tensor:
-        return scored(logits, target, weight, dim=dim, **options, **given)
+        return cast("Tensor", scored(logits, target, weight, dim=dim, **options, **given))
 
-    loss, stats = _fused_loss(input, rows, weight, dict(options), given, dense)
+    loss, stats = fused_loss(input, rows, weight, dict(options), given, dense)
     return (loss, stats) if return_stats else loss
 
 
-def _fused_loss(
+def fused_loss(
     lazy: LazyLogits,
     target: Tensor,
     weight: Tensor | None,
@@ -147,19 +146,20 @@ def _fused_loss(
     kept: list[Stats] = []
 
     def fused(recipe: Recipe) -> Tensor:
-        more = dict(options, **_head_options(lazy), **_head(recipe, **maps))
+        more = dict(options, **head_options(lazy), **options_of(recipe, **maps))
         loss, stats = linear_cross_entropy(
             recipe.features, recipe.weight, target, weight=weight, return_stats=True, **more
         )
         kept.append(stats)
         return cast("Tensor", loss)
 
-    loss = _score(lazy, fused, dense)
+    loss = score(lazy, fused, dense)
     _learn(lazy, target, kept[0])
     return loss, kept[0]
 
 
-def _head_options(lazy: LazyLogits) -> dict[str, Any]:
+def head_options(lazy: LazyLogits) -> dict[str, Any]:
+    """What the patch asks of the fused head."""
     given = lazy.origin.options
     return {name: given[name] for name in _HEADS if name in given}
 
@@ -190,13 +190,11 @@ def _log_prob(input: LazyLogits, index: Tensor, *, dim: int = -1, **options: Any
         return NotImplemented
     ignored, backend = options.pop("ignore_index", -100), options.pop("backend", "auto")
     if not torch.is_grad_enabled() and _plain(options) and input.origin.changed():
-        known = _recalled(
-            input, "target_log_prob", lambda one: _same(one.target, index, input, one)
-        )
+        known = recalled(input, "target_log_prob", lambda one: _same(one.target, index, input, one))
         if known is not None:
             return known
     return_dtype = options.pop("return_dtype", None)
-    if not _fuses(input, dim, **options) or _differentiates(*options.values()):
+    if not fuses(input, dim, **options) or differentiates(*options.values()):
         return NotImplemented
     single = index.dim() < input.dim()
     chosen = index if single else index.movedim(input.recipe.axis, -1)
@@ -207,11 +205,11 @@ def _log_prob(input: LazyLogits, index: Tensor, *, dim: int = -1, **options: Any
         values = log_prob(logits, index, dim=dim, **settings, **maps)
         return values if single else values.movedim(dim, -1)
 
-    values = _fused_log_prob(input, chosen, settings, maps, dense)
+    values = fused_log_prob(input, chosen, settings, maps, dense)
     return values if single else values.movedim(-1, input.recipe.axis)
 
 
-def _fused_log_prob(
+def fused_log_prob(
     lazy: LazyLogits,
     index: Tensor,
     settings: dict[str, Any],
@@ -221,11 +219,11 @@ def _fused_log_prob(
     """Log-probabilities of a recipe, classes last."""
 
     def fused(recipe: Recipe) -> Tensor:
-        more = dict(settings, **_chunks(lazy), **_head(recipe, **maps))
+        more = dict(settings, **_chunks(lazy), **options_of(recipe, **maps))
         return linear_log_prob(recipe.features, recipe.weight, index, **more)
 
-    values = _score(lazy, fused, dense)
-    _note(lazy, "log_prob")
+    values = score(lazy, fused, dense)
+    note(lazy, "log_prob")
     return values
 
 
@@ -235,24 +233,25 @@ def _entropy(input: LazyLogits, *, dim: int = -1, **options: Any) -> Any:
         return NotImplemented
     backend = options.pop("backend", "auto")
     if not torch.is_grad_enabled() and _plain(options) and input.origin.changed():
-        known = _recalled(input, "entropy", lambda one: one.scoring == input.recipe.scoring)
+        known = recalled(input, "entropy", lambda one: one.scoring == input.recipe.scoring)
         if known is not None:
             return known
     return_dtype = options.pop("return_dtype", None)
-    if not _fuses(input, dim, **options) or _differentiates(*options.values()):
+    if not fuses(input, dim, **options) or differentiates(*options.values()):
         return NotImplemented
     maps = dict(options, return_dtype=return_dtype)
 
     def fused(recipe: Recipe) -> Tensor:
-        more = dict(_chunks(input), backend=backend, **_head(recipe, **maps))
+        more = dict(_chunks(input), backend=backend, **options_of(recipe, **maps))
         return linear_entropy(recipe.features, recipe.weight, **more)
 
-    values = _score(input, fused, lambda z: entropy(z, dim=dim, backend=backend, **maps))
-    _note(input, "entropy")
+    values = score(input, fused, lambda z: entropy(z, dim=dim, backend=backend, **maps))
+    note(input, "entropy")
     return values
 
 
-def _note(lazy: LazyLogits, what: str) -> None:
+def note(lazy: LazyLogits, what: str) -> None:
+    """Tell the watch of a score that was computed without logits."""
     if lazy.origin.watch is not None:
         lazy.origin.watch.fused(lazy.origin, what)
 
@@ -263,152 +262,14 @@ def _plain(options: dict[str, Any]) -> bool:
     return all(v == default.get(k) for k, v in options.items() if not isinstance(v, Tensor))
 
 
-def _recalled(lazy: LazyLogits, name: str, fits: Callable[[Learnt], bool]) -> Tensor | None:
+def recalled(lazy: LazyLogits, name: str, fits: Callable[[Learnt], bool]) -> Tensor | None:
+    """A statistic that a loss has left of these rows, if one has."""
     return None if lazy.is_made else lazy.origin.recall(name, lazy.rows, fits)
 
 
 def _same(target: Tensor, index: Tensor, lazy: LazyLogits, one: Learnt) -> bool:
     fits = one.scoring == lazy.recipe.scoring and target.shape == index.shape
     return fits and torch.equal(target, index)
-
-
-# Log-probabilities, as torch's functions spell them.
-
-
-@rule(Tensor.log_softmax, torch.log_softmax, F.log_softmax)
-def _log_softmax(
-    input: LazyLogits, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> Any:
-    recipe = input.recipe
-    if recipe.sign or not _on_classes(input, dim):
-        return NotImplemented
-    dtype = dtype or cast("torch.dtype", recipe.options()["return_dtype"])
-    recipe = recipe._replace(dtype=dtype, sign=1)
-    return input.copy_by(recipe, step_of(lambda z: z.log_softmax(dim, dtype=dtype), input))
-
-
-@rule(F.nll_loss)
-def _nll_loss(
-    input: LazyLogits,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Any:
-    if input.recipe.sign != 1 or target.is_floating_point() or not _fuses(input, None):
-        return NotImplemented
-    if _differentiates(weight):
-        return NotImplemented
-    reduction = legacy_reduction(size_average, reduce, reduction)
-    options = {"ignore_index": ignore_index, "reduction": reduction}
-
-    def dense(logits: Tensor) -> Tensor:
-        return F.nll_loss(logits, target, weight, **options)  # type: ignore[arg-type]
-
-    maps = {"return_dtype": input.recipe.dtype}
-    return _fused_loss(input, target, weight, options, maps, dense)[0]
-
-
-@rule(Tensor.gather, torch.gather)
-def _gather(input: LazyLogits, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    recipe, axis = input.recipe, input.recipe.axis
-    if not recipe.sign or not _fuses(input, dim) or index.dim() != input.dim():
-        return NotImplemented
-    chosen = index.movedim(axis, -1)
-    if chosen.shape[:-1] != recipe.features.shape[:-1]:
-        return NotImplemented  # torch gathers of the first rows alone
-
-    def dense(values: Tensor) -> Tensor:
-        return values.gather(dim, index).movedim(axis, -1) * recipe.sign
-
-    maps = {"return_dtype": recipe.dtype}
-    values = _fused_log_prob(input, chosen, {"ignore_index": _NO_INDEX}, maps, dense)
-    return values.movedim(-1, axis) * recipe.sign
-
-
-def _summed(lazy: LazyLogits, dim: int, keepdim: bool, dtype: torch.dtype | None) -> Any:
-    """The sum over classes: what label smoothing of 1 scores, times - V."""
-    recipe = lazy.recipe
-    if not recipe.sign or not _fuses(lazy, dim):
-        return NotImplemented
-    classes, axis, dtype = recipe.weight.shape[0], recipe.axis, dtype or recipe.dtype
-    target = torch.zeros(recipe.features.shape[:-1], dtype=torch.int64, device=lazy.device)
-
-    def fused(recipe: Recipe) -> Tensor:
-        more = dict(_head_options(lazy), **_head(recipe, return_dtype=dtype))
-        loss = linear_cross_entropy(
-            recipe.features,
-            recipe.weight,
-            target,
-            reduction="none",
-            label_smoothing=1.0,
-            **more,
-        )
-        return cast("Tensor", loss)
-
-    def dense(values: Tensor) -> Tensor:
-        return values.mean(axis, dtype=dtype) * -recipe.sign
-
-    loss = _score(lazy, fused, dense)
-    _note(lazy, "sum of log-probabilities")
-    total = loss * (-recipe.sign * classes)
-    return total.unsqueeze(axis) if keepdim else total
-
-
-@rule(Tensor.sum, torch.sum)
-def _sum(
-    input: LazyLogits, dim: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Any:
-    return _summed(input, dim, keepdim, dtype) if isinstance(dim, int) else NotImplemented
-
-
-@rule(Tensor.mean, torch.mean)
-def _mean(
-    input: LazyLogits, dim: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Any:
-    total = _summed(input, dim, keepdim, dtype) if isinstance(dim, int) else NotImplemented
-    return total if total is NotImplemented else total / input.recipe.weight.shape[0]
-
-
-@rule(Tensor.argmax, torch.argmax)
-def _argmax(input: LazyLogits, dim: int, keepdim: bool = False) -> Any:
-    """The most probable class of each row: what a loss knows, or a pass without the logits.
-
-    Of logits that are lost (the weight has changed since), rows that no loss has scored hold -1.
-    """
-    if not isinstance(dim, int) or not _on_classes(input, dim):
-        return NotImplemented
-    recipe = input.recipe
-    scale, _, shift = recipe.scoring
-    classes = _recalled(
-        input, "argmax", lambda one: one.scoring[0] * scale > 0 and one.scoring[2] == shift
-    )
-    lost = input.origin.changed()
-    if classes is None or (not lost and bool((classes < 0).any())):
-        classes = _most_probable(input)
-    return classes.unsqueeze(recipe.axis) if keepdim else classes
-
-
-@torch.no_grad()
-def _most_probable(lazy: LazyLogits) -> Tensor:
-    """The most probable class of each row by a pass of the head, without the logits."""
-    recipe = lazy.recipe
-    lazy.origin.check("argmax")
-    options = recipe.options()
-    options["logit_scale"] *= recipe.sign or 1
-    target = torch.zeros(recipe.features.shape[:-1], dtype=torch.int64, device=lazy.device)
-    _, stats = linear_cross_entropy(
-        recipe.features,
-        recipe.weight,
-        target,
-        reduction="none",
-        return_stats=True,
-        chunk_rows=_head_options(lazy).get("chunk_rows"),
-        **options,
-    )
-    return cast("Tensor", stats.argmax)
 
 
 SCORES.update(

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.torch_internals import no_torch_function
-from .gradient import LazyGradient, RootStep, Step, StepNode
+from ...problem.torch_internals import no_torch_function, without_memory
+from .nodes import RootStep, Step, StepNode
 from .recipe import Origin, Recipe
 from .watch import Watch
 
@@ -26,6 +26,8 @@ from .watch import Watch
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 #: Losses and their like: they know what to do with logits that have been made, too.
 SCORES: dict[Callable[..., Any], Callable[..., Any]] = {}
+#: Hooks and gradients: given the function, its arguments and its keywords.
+GRAPH: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 class LazyLogits(Tensor):
@@ -142,8 +144,8 @@ class LazyLogits(Tensor):
         if func in _ABOUT:  # shape, dtype, device, ...
             with no_torch_function():
                 return func(*args, **kwargs)
-        if func in _GRAPH:
-            return _on_the_graph(func, args, kwargs)
+        if func in GRAPH:
+            return GRAPH[func](func, args, kwargs)
         lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
         rule = SCORES.get(func)
         if rule is None and lazy is not None and not lazy.is_made:
@@ -210,84 +212,10 @@ class _Real(torch.autograd.Function):
         return grad_outputs[0], None
 
 
-def _on_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hooks and gradients: torch's own, on the tensors that the graph knows."""
-    if func in _HOOKS:
-        lazy = args[0]
-        if not lazy.is_edited:
-            with no_torch_function():
-                handle = func(*args, **kwargs)
-            if lazy.base is not None:  # what is made of a view in Python hangs on its base
-                lazy._hooks.append((func, args[1:], kwargs))
-                if lazy._tensor is not None:
-                    func(lazy._tensor, *args[1:], **kwargs)
-            return handle
-        return func(lazy.made(), *args[1:], **kwargs)
-    if func is torch.autograd.grad:
-        return _gradients(*args, **kwargs)
-    if func in _BACKWARD and kwargs.get("inputs") is not None:
-        given = kwargs["inputs"]
-        kwargs["inputs"] = sum(
-            map(_nodes, given if isinstance(given, (tuple, list)) else [given]), []
-        )
-    with no_torch_function():
-        if func not in _BACKWARD:  # an attribute
-            return _total([_dense(node.grad) for node in _nodes(args[0])])
-        return func(*_roots(args), **kwargs)
-
-
-def _nodes(value: Any) -> list[Any]:
-    """The tensors that stand for this one in the graph."""
-    if not isinstance(value, LazyLogits):
-        return [value]
-    if value.is_edited:
-        return [value.made()]
-    return [value] if value.base is None or value._tensor is None else [value, value._tensor]
-
-
-def _roots(value: Any) -> Any:
-    """Outputs to differentiate: edited ones are their tensors."""
-    if isinstance(value, LazyLogits):
-        return value.made("backward")
-    return tuple(map(_roots, value)) if isinstance(value, (tuple, list)) else value
-
-
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    return gradient.dense() if isinstance(gradient, LazyGradient) else gradient
-
-
-def _total(gradients: list[Tensor | None]) -> Tensor | None:
-    known = [g for g in gradients if g is not None]
-    return sum(known[1:], known[0]) if known else None
-
-
-def _gradients(
-    outputs: Any, inputs: Any, *args: Any, allow_unused: bool | None = None, **kwargs: Any
-) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad by tensors of which some are lazy."""
-    given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    nodes = [_nodes(tensor) for tensor in given]
-    unused = True if any(len(n) > 1 for n in nodes) else allow_unused
-    with no_torch_function():
-        flat = torch.autograd.grad(
-            _roots(outputs), sum(nodes, []), *args, allow_unused=unused, **kwargs
-        )
-        found = iter(flat)
-        result = tuple(_total([_dense(next(found)) for _ in n]) for n in nodes)
-    if not allow_unused and not kwargs.get("materialize_grads") and any(r is None for r in result):
-        raise RuntimeError(
-            "One of the differentiated Tensors appears to not have been used in the graph. Set "
-            "allow_unused=True if this is the desired behavior."
-        )
-    return result
-
-
 def _empty(recipe: Recipe, skeleton: Tensor) -> Callable[[], LazyLogits]:
     """How the wrapper is made: a tensor without memory."""
-    make: Any = Tensor._make_wrapper_subclass  # torch leaves it untyped
-    size, strides = skeleton.shape, skeleton.stride()
     dtype, device = recipe.dtype, recipe.features.device
-    return lambda: make(LazyLogits, size, strides=strides, dtype=dtype, device=device)
+    return lambda: without_memory(LazyLogits, skeleton, dtype, device)
 
 
 def _filled(
@@ -330,6 +258,3 @@ _ABOUT = {
     *(torch.is_floating_point, torch.is_complex, torch.numel),
     *(Tensor.get_device, Tensor.is_inference, Tensor.is_contiguous, Tensor.stride),
 }
-_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
-_BACKWARD = {torch.autograd.backward, Tensor.backward}
-_GRAPH = {*_HOOKS, *_BACKWARD, getter("grad"), torch.autograd.grad}

@@ -50,6 +50,7 @@ class Watch:
     def __init__(self) -> None:
         self.forwards: deque[Forward] = deque(maxlen=_KEPT)
         self.stats: Stats | None = None  # of the latest loss
+        self.auxiliary_weight: float | None = None  # of a mixture's auxiliary loss
         self._warned = False
 
     def begin(self, origin: Origin, training: bool) -> None:

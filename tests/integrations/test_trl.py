@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crossent.integrations import huggingface
+from crossent.integrations import trl as functions
 
 transformers = pytest.importorskip("transformers")
 V = 97
@@ -23,30 +23,30 @@ def test_what_trl_wants():
     mask = torch.rand(4, 7, generator=g) < 0.5
     reference = z.double().log_softmax(-1)
     truth = reference.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    ours = huggingface.selective_log_softmax(z, index)
+    ours = functions.selective_log_softmax(z, index)
     torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-6)
     several = torch.randint(0, V, (4, 7, 3), generator=g)
     torch.testing.assert_close(
-        huggingface.selective_log_softmax(z, several).double(),
+        functions.selective_log_softmax(z, several).double(),
         reference.gather(-1, several),
         rtol=1e-6,
         atol=1e-6,
     )
     warm = (z.double() / 2).log_softmax(-1)
     torch.testing.assert_close(
-        huggingface.selective_log_softmax(z, index, 2.0, mask).double(),
+        functions.selective_log_softmax(z, index, 2.0, mask).double(),
         warm.gather(-1, index.unsqueeze(-1)).squeeze(-1) * mask,
         rtol=1e-6,
         atol=1e-6,
     )
     entropies = -(reference.exp() * reference).sum(-1)
-    torch.testing.assert_close(huggingface.entropy_from_logits(z).double(), entropies)
+    torch.testing.assert_close(functions.entropy_from_logits(z).double(), entropies)
     with pytest.raises(ValueError, match="temperature"):
-        huggingface.entropy_from_logits(z, 0.0)
+        functions.entropy_from_logits(z, 0.0)
     trl = pytest.importorskip("trl.trainer.utils")
     torch.testing.assert_close(ours, trl.selective_log_softmax(z, index), rtol=1e-5, atol=1e-5)
     theirs = trl.entropy_from_logits(z)
-    torch.testing.assert_close(huggingface.entropy_from_logits(z), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(functions.entropy_from_logits(z), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
@@ -56,8 +56,8 @@ def test_unsigned_indices_are_masked_as_signed_ones(dtype):
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]])
     for chosen in (index, index.unsqueeze(-1).expand(2, 5, 3)):
         for kept in (mask, None):
-            truth = huggingface.selective_log_softmax(z, chosen, 1.5, kept)
-            ours = huggingface.selective_log_softmax(z, chosen.to(dtype), 1.5, kept)
+            truth = functions.selective_log_softmax(z, chosen, 1.5, kept)
+            ours = functions.selective_log_softmax(z, chosen.to(dtype), 1.5, kept)
             assert torch.equal(ours, truth)
 
 
@@ -66,6 +66,6 @@ def test_an_index_beyond_int64_is_out_of_range_unless_it_is_masked():
     index = torch.tensor([1, -100]).view(torch.uint64)  # 2**64 - 100
     for mask in (None, torch.tensor([1, 1])):
         with pytest.raises(IndexError, match="from 0 to 3, got 18446744073709551516"):
-            huggingface.selective_log_softmax(z, index, row_mask=mask)
-    masked = huggingface.selective_log_softmax(z, index, row_mask=torch.tensor([1, 0]))
+            functions.selective_log_softmax(z, index, row_mask=mask)
+    masked = functions.selective_log_softmax(z, index, row_mask=torch.tensor([1, 0]))
     assert masked.tolist() == pytest.approx([z.log_softmax(-1)[0, 1].item(), 0])
