@@ -112,16 +112,12 @@ def _vocabularies(config: Any) -> set[int]:
 def check(model: Any) -> None:
     """Raise where there is an output head and nothing in it can be lazy."""
     head = model.get_output_embeddings()
-    if head is None or any(_can_be_lazy(m) for m in head.modules()):
+    if head is None or any(_lazy_class(type(m)) is not None for m in _linears(model)):
         return
     raise TypeError(
         f"model: expected an output head that is a torch.nn.Linear, or holds one, got "
         f"{type(head).__name__}; supported are plain heads, tied or not, adapters and wrappers"
     )
-
-
-def _can_be_lazy(module: Any) -> bool:
-    return _lazy_class(type(module)) is not None
 
 
 def _lazy_class(kind: type) -> type | None:

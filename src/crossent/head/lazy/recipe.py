@@ -134,6 +134,11 @@ class Learnt(NamedTuple):
     target: Tensor
     stats: Stats
 
+    def of(self, name: str) -> Tensor:
+        """A statistic of each row, or its target."""
+        values: Tensor = self.target if name == "target" else getattr(self.stats, name)
+        return values
+
 
 class Origin:
     """One forward of a head: what it was given, and what losses have learnt of its rows since."""
@@ -195,11 +200,11 @@ class Origin:
         if not seen:
             return None
         numbers = self.row_numbers(rows)
-        first: Tensor = getattr(seen[0].stats, name)
+        first = seen[0].of(name)
         fill = torch.nan if first.is_floating_point() else -1
         values = first.new_full((self.shape.numel(),), fill)
         for one in seen:
             valid = one.stats.valid.reshape(-1)
             where = self.row_numbers(one.rows).reshape(-1)
-            values[where[valid]] = getattr(one.stats, name).reshape(-1)[valid]
+            values[where[valid]] = one.of(name).reshape(-1)[valid]
         return values[numbers]

@@ -190,7 +190,7 @@ def _log_prob(input: LazyLogits, index: Tensor, *, dim: int = -1, **options: Any
         return NotImplemented
     ignored, backend = options.pop("ignore_index", -100), options.pop("backend", "auto")
     if not torch.is_grad_enabled() and _plain(options) and input.origin.changed():
-        known = recalled(input, "target_log_prob", lambda one: _same(one.target, index, input, one))
+        known = _known_log_prob(input, index, ignored)
         if known is not None:
             return known
     return_dtype = options.pop("return_dtype", None)
@@ -267,9 +267,19 @@ def recalled(lazy: LazyLogits, name: str, fits: Callable[[Learnt], bool]) -> Ten
     return None if lazy.is_made else lazy.origin.recall(name, lazy.rows, fits)
 
 
-def _same(target: Tensor, index: Tensor, lazy: LazyLogits, one: Learnt) -> bool:
-    fits = one.scoring == lazy.recipe.scoring and target.shape == index.shape
-    return fits and torch.equal(target, index)
+def _known_log_prob(lazy: LazyLogits, index: Tensor, ignored: int) -> Tensor | None:
+    """Log-probabilities of the targets, where a loss has scored these."""
+
+    def fits(one: Learnt) -> bool:
+        return one.scoring == lazy.recipe.scoring and not one.target.is_floating_point()
+
+    target, values = (recalled(lazy, name, fits) for name in ("target", "target_log_prob"))
+    if target is None or values is None or target.shape != index.shape:
+        return None
+    skipped = index == ignored
+    if not bool(((target == index) | skipped).all()):
+        return None
+    return values.masked_fill(skipped, 0.0)
 
 
 SCORES.update(
