@@ -7,6 +7,7 @@ has heard of gets the answer no, and with it plain torch operations, which torch
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -184,6 +185,48 @@ def without_memory(kind: type[_T], like: Tensor, dtype: torch.dtype, device: tor
     make: Any = Tensor._make_wrapper_subclass
     tensor: _T = make(kind, like.shape, strides=like.stride(), dtype=dtype, device=device)
     return tensor
+
+
+def is_freed(weight: Tensor) -> bool:
+    """Whether a parameter's numbers are elsewhere: sharded over processes, or offloaded."""
+    return weight.untyped_storage().nbytes() == 0
+
+
+def unsharding(hook: Callable[..., Any]) -> AbstractContextManager[None] | None:
+    """Where a hook on a module's output is FSDP's: its parameters are whole inside here.
+
+    FSDP2's is a method of the module's state; FSDP1's a partial of one with state and handle.
+    """
+    groups = getattr(getattr(hook, "__self__", None), "_fsdp_param_groups", None)
+    if groups is not None:
+        return _whole_groups(groups)
+    if getattr(getattr(hook, "func", None), "__name__", "") == "_pre_backward_hook":
+        state, _, handle = hook.args  # type: ignore[attr-defined]
+        return nullcontext() if handle is None else _whole_handle(state, handle)
+    return None
+
+
+@contextmanager
+def _whole_groups(groups: list[Any]) -> Iterator[None]:
+    for group in groups:
+        group.lazy_init()
+        group.unshard()
+        group.wait_for_unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.reshard()
+
+
+@contextmanager
+def _whole_handle(state: Any, handle: Any) -> Iterator[None]:
+    runtime = importlib.import_module("torch.distributed.fsdp._runtime_utils")
+    runtime._unshard(state, handle, state._unshard_stream, state._pre_unshard_stream)
+    try:
+        yield
+    finally:
+        runtime._reshard(state, handle, True)
 
 
 def _traced() -> bool:

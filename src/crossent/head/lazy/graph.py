@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.torch_internals import no_torch_function
+from ...problem.torch_internals import no_torch_function, unsharding
 from .gradient import LazyGradient
 from .tensor import GRAPH, LazyLogits, getter
 
@@ -17,6 +17,8 @@ def _on_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     """Hooks and gradients: torch's own, on the tensors that the graph knows."""
     if func in _HOOKS:
         lazy = args[0]
+        if func is Tensor.register_hook and unsharding(args[1]) is not None:
+            lazy.origin.hooks.append(args[1])
         if not lazy.is_edited:
             with no_torch_function():
                 handle = func(*args, **kwargs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from ...problem.torch_internals import autocast_enabled, plain
 from .recipe import Recipe
 from .tensor import LazyLogits
 from .watch import Watch
+
+_T = TypeVar("_T")
 
 
 class LazyHead(nn.Linear):
@@ -23,16 +25,29 @@ class LazyHead(nn.Linear):
     loss_options: Mapping[str, Any] | None = None
     #: Lazy in evaluation and without gradients, too.
     evaluation = False
+    _job: Callable[[], Any] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """The logits of features (..., D)."""
+        if self._job is not None:
+            return self._job()  # type: ignore[no-any-return]
         training = self.training and torch.is_grad_enabled()
         if not (training or self.evaluation) or not plain(input, self.weight, self.bias):
             return super().forward(input)
         options = self.loss_options or {}
         if not training:  # a loss that is evaluated is the bare one
             options = {k: v for k, v in options.items() if k == "chunk_rows"}
-        return lazy_linear(input, self.weight, self.bias, self.watch, options, training)
+        logits = lazy_linear(input, self.weight, self.bias, self.watch, options, training)
+        logits.origin.head = self
+        return logits
+
+    def run(self, input: Tensor, job: Callable[[], _T]) -> _T:
+        """What a job gives while the layer's weight is there: around its forward, with hooks."""
+        self._job = job
+        try:
+            return cast("_T", self(input))
+        finally:
+            self._job = None
 
 
 def lazy_linear(
@@ -47,7 +62,7 @@ def lazy_linear(
     dtype = torch.promote_types(input.dtype, weight.dtype)
     if autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
-    logits = LazyLogits.of(Recipe(input, weight, bias, dtype), watch, options)
+    logits = LazyLogits.of(Recipe(input, weight, bias, dtype, weight.shape[0]), watch, options)
     if watch is not None:
         watch.begin(logits.origin, training)
     return logits

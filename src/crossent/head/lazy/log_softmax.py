@@ -87,7 +87,7 @@ def _summed(lazy: LazyLogits, dim: int, keepdim: bool, dtype: torch.dtype | None
     recipe = lazy.recipe
     if not recipe.sign or not fuses(lazy, dim):
         return NotImplemented
-    classes, axis, dtype = recipe.weight.shape[0], recipe.axis, dtype or recipe.dtype
+    classes, axis, dtype = recipe.classes, recipe.axis, dtype or recipe.dtype
     target = torch.zeros(recipe.features.shape[:-1], dtype=torch.int64, device=lazy.device)
 
     def fused(recipe: Recipe) -> Tensor:
@@ -123,7 +123,7 @@ def _mean(
     input: LazyLogits, dim: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
     total = _summed(input, dim, keepdim, dtype) if isinstance(dim, int) else NotImplemented
-    return total if total is NotImplemented else total / input.recipe.weight.shape[0]
+    return total if total is NotImplemented else total / input.recipe.classes
 
 
 @rule(Tensor.argmax, torch.argmax)
@@ -149,17 +149,19 @@ def _argmax(input: LazyLogits, dim: int, keepdim: bool = False) -> Any:
 def _most_probable(lazy: LazyLogits) -> Tensor:
     """The most probable class of each row by a pass of the head, without the logits."""
     recipe = lazy.recipe
-    lazy.origin.check("argmax")
     options = recipe.options()
     options["logit_scale"] *= recipe.sign or 1
     target = torch.zeros(recipe.features.shape[:-1], dtype=torch.int64, device=lazy.device)
-    _, stats = linear_cross_entropy(
-        recipe.features,
-        recipe.weight,
-        target,
-        reduction="none",
-        return_stats=True,
-        chunk_rows=head_options(lazy).get("chunk_rows"),
-        **options,
-    )
-    return cast("Tensor", stats.argmax)
+
+    def stats() -> Any:
+        return linear_cross_entropy(
+            recipe.features,
+            recipe.weight,
+            target,
+            reduction="none",
+            return_stats=True,
+            chunk_rows=head_options(lazy).get("chunk_rows"),
+            **options,
+        )[1]
+
+    return cast("Tensor", lazy.origin.whole("argmax", stats).argmax)

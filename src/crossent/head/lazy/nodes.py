@@ -42,12 +42,15 @@ class RootStep(torch.autograd.Function):
         if isinstance(gradient, LazyGradient) and gradient.is_lazy:
             found: Effects = gradient.effects()
         else:
-            ctx.origin.check("backward")
-            aliases = aliased(ctx.recipe.tensors, needs)
-            with ctx.origin.ambient._replace(grad=True).again():
-                logits = ctx.recipe.holding(aliases).make()
-            found = pulled(logits, aliases, needs, densely(gradient))
+            found = ctx.origin.whole("backward", lambda: _pulled_root(ctx, needs, gradient))
         return None, None, None, *(f if n else None for f, n in zip(found, needs, strict=True))
+
+
+def _pulled_root(ctx: Any, needs: tuple[bool, ...], gradient: Tensor) -> Effects:
+    aliases = aliased(ctx.recipe.tensors, needs)
+    with ctx.origin.ambient._replace(grad=True).again():
+        logits = ctx.recipe.holding(aliases).make()
+    return pulled(logits, aliases, needs, densely(gradient))
 
 
 class StepNode(torch.autograd.Function):
@@ -76,8 +79,11 @@ class StepNode(torch.autograd.Function):
         nothing = (None, None, None, None)
 
         def numbers() -> Effects:
-            ctx.origin.check("backward")
-            return _pulled_by_numbers(recipe, step, densely(gradient), (True, *needs))
+            above = densely(gradient)
+            found: Effects = ctx.origin.whole(
+                "backward", lambda: _pulled_by_numbers(recipe, step, above, (True, *needs))
+            )
+            return found
 
         if not (isinstance(gradient, LazyGradient) and gradient.is_lazy):
             before, *more = numbers()
@@ -151,11 +157,12 @@ class Score(torch.autograd.Function):
         ctx: Any,
         lazy: Tensor,
         recipe: Recipe,
+        origin: Origin,
         fused: Callable[..., Tensor],
         dense: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """``fused`` is the score of a recipe, ``dense`` that of the logits themselves."""
-        ctx.recipe, ctx.fused, ctx.dense = recipe, fused, dense
+        ctx.recipe, ctx.origin, ctx.fused, ctx.dense = recipe, origin, fused, dense
         ctx.like = Like.of(lazy)
         ctx.needs = tuple(t is not None and t.requires_grad for t in recipe.tensors)
         ctx.aliases = tuple(
@@ -163,7 +170,7 @@ class Score(torch.autograd.Function):
             for t, n in zip(recipe.tensors, ctx.needs, strict=True)
         )
         with torch.enable_grad():
-            ctx.result = fused(recipe.holding(ctx.aliases))
+            ctx.result = origin.whole("cross_entropy", lambda: fused(recipe.holding(ctx.aliases)))
         result: Tensor = ctx.result.detach().clone()  # no view: it may be edited
         return result
 
@@ -180,15 +187,16 @@ class Score(torch.autograd.Function):
 
         def numbers() -> Tensor:
             graph = torch.is_grad_enabled()
-            logits = ctx.recipe.make() if graph else ctx.recipe.make().detach()
+            logits = ctx.origin.whole("backward", ctx.recipe.make)
+            logits = logits if graph else logits.detach()
             (alias,) = aliased((logits,), (True,))
             with torch.enable_grad():
                 score = ctx.dense(_certain(alias))
             return _certain(pulled(score, (alias,), (True,), upstream)[0])
 
         if not plain(upstream):  # batched: transforms know numbers alone
-            return numbers(), None, None, None
-        return LazyGradient.like(ctx.like, effects, numbers), None, None, None
+            return numbers(), None, None, None, None
+        return LazyGradient.like(ctx.like, effects, numbers), None, None, None, None
 
 
 def aliased(tensors: Effects, needs: tuple[bool, ...]) -> Effects:

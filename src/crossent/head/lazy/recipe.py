@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends.results import Stats
-from ...problem.torch_internals import autocast_enabled
+from ...problem.torch_internals import autocast_enabled, is_freed, unsharding
 from .watch import Forward, Watch
+
+_T = TypeVar("_T")
+
+
+class Head(Protocol):
+    """A module that can do something else where its forward would be."""
+
+    def run(self, input: Tensor, job: Callable[[], _T]) -> _T:
+        """What the job gives, in the place of the forward of ``input``."""
 
 
 class Ambient(NamedTuple):
@@ -54,6 +63,7 @@ class Recipe(NamedTuple):
     weight: Tensor  # (V, D)
     bias: Tensor | None
     dtype: torch.dtype  # of the logits
+    classes: int  # V: a weight that is sharded is empty between its module's forwards
     factor: float = 1.0
     shift: Tensor | None = None  # (V,)
     cap: float | None = None
@@ -68,7 +78,7 @@ class Recipe(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the logits."""
-        rows, classes = self.features.shape[:-1], self.weight.shape[0]
+        rows, classes = self.features.shape[:-1], self.classes
         at = self.axis % (len(rows) + 1)
         return (*rows[:at], classes, *rows[at:])
 
@@ -144,11 +154,13 @@ class Origin:
     """One forward of a head: what it was given, and what losses have learnt of its rows since."""
 
     def __init__(self, recipe: Recipe, watch: Watch | None, options: Mapping[str, Any]) -> None:
+        self.hooks: list[Callable[..., Any]] = []  # FSDP's, on the logits
+        self.head: Head | None = None  # the module
         self.watch = watch  # is told what becomes of the logits
         self.options = options  # of the losses that have none of their own
         self.shape = recipe.features.shape[:-1]
         self.ambient = Ambient.here(recipe.features.device)
-        self.dtype = recipe.dtype
+        self.dtype, self.classes = recipe.dtype, recipe.classes
         self.learnt: list[Learnt] = []
         self.forward: Forward | None = None  # its entry in the account of a Watch
         self.features, self.weight, self.bias = recipe.features, recipe.weight, recipe.bias
@@ -175,11 +187,23 @@ class Origin:
                 f"change, or read what the loss has kept: logits.argmax(-1), or "
                 f"model.crossent_stats of a patched model"
             )
-        if self.weight.untyped_storage().nbytes() == 0:
-            raise RuntimeError(
-                f"{wanted}: the logits of this forward were never made, and the weight of the head "
-                f"has been freed since (it is sharded); compute the loss inside the model"
-            )
+
+    @contextmanager
+    def at_hand(self, wanted: str) -> Iterator[None]:
+        """The weight is there inside here, although FSDP has freed it since the forward."""
+        self.check(wanted)
+        with ExitStack() as stack:
+            for hook in self.hooks if is_freed(self.weight) else ():
+                stack.enter_context(unsharding(hook) or nullcontext())
+            yield
+
+    def whole(self, wanted: str, job: Callable[[], _T]) -> _T:
+        """What a job gives that needs the weight, wherever that is."""
+        with self.at_hand(wanted):
+            if self.head is None or not is_freed(self.weight):
+                return job()
+            # ZeRO-3 and its like fetch the weight around the module's forward.
+            return self.head.run(self.features, job)
 
     def row_numbers(self, rows: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor:
         """Which rows of this forward those are that ``rows`` make of them."""

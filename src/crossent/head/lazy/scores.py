@@ -62,16 +62,15 @@ def score(
     dense: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """A score of lazy logits, or of log-probabilities; its graph goes through them."""
-    lazy.origin.check("cross_entropy")
 
     def score(recipe: Recipe) -> Tensor:
         return fused(recipe._replace(sign=0))
 
     if lazy.requires_grad and torch.is_grad_enabled():
         node: Any = Score  # torch leaves apply untyped
-        return cast("Tensor", node.apply(lazy, lazy.recipe, score, dense))
+        return cast("Tensor", node.apply(lazy, lazy.recipe, lazy.origin, score, dense))
     with torch.no_grad():
-        return score(lazy.recipe)
+        return lazy.origin.whole("cross_entropy", lambda: score(lazy.recipe))
 
 
 def differentiates(*others: Any) -> bool:

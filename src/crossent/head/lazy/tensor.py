@@ -109,9 +109,8 @@ class LazyLogits(Tensor):
             with self.step.ambient._replace(grad=False).again():
                 made = self.step.act(data.detach(), *self.step.extras)
             return made.clone() if _share_memory(made, data) else made
-        self.origin.check(asker)
         with self.origin.ambient._replace(grad=False).again():
-            made = self.recipe.make()
+            made = self.origin.whole(asker, self.recipe.make)
         if self.origin.watch is not None:
             self.origin.watch.made(self.origin, asker)
         return made

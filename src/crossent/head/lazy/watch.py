@@ -55,7 +55,7 @@ class Watch:
 
     def begin(self, origin: Origin, training: bool) -> None:
         """A head has been called."""
-        rows, classes = origin.shape.numel(), origin.weight.shape[0]
+        rows, classes = origin.shape.numel(), origin.classes
         size = rows * classes * origin.dtype.itemsize
         origin.forward = Forward(rows, classes, size, training)
         self.forwards.append(origin.forward)
