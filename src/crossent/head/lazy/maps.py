@@ -182,6 +182,7 @@ def _clone(input: LazyLogits) -> Any:
 
 @rule(Tensor.detach, torch.detach)
 def _detach(input: LazyLogits) -> Any:
-    tensors = tuple(None if t is None else t.detach() for t in input.recipe.tensors)
+    # The recipe stays as it is: whether there is a gradient is the graph's to say, and in the
+    # forward of an autograd.Function it does so afterwards.
     with torch.no_grad():
-        return input.view_by(input.recipe.holding(tensors), step_of(lambda z: z.detach(), input))
+        return input.view_by(input.recipe, step_of(lambda z: z.detach(), input))

@@ -165,12 +165,17 @@ class Score(torch.autograd.Function):
         ctx.recipe, ctx.origin, ctx.fused, ctx.dense = recipe, origin, fused, dense
         ctx.like = Like.of(lazy)
         ctx.needs = tuple(t is not None and t.requires_grad for t in recipe.tensors)
-        ctx.aliases = tuple(
-            None if t is None else t.detach().requires_grad_(n)
-            for t, n in zip(recipe.tensors, ctx.needs, strict=True)
-        )
-        with torch.enable_grad():
-            ctx.result = origin.whole("cross_entropy", lambda: fused(recipe.holding(ctx.aliases)))
+
+        def job() -> Tensor:  # here, where the weight is at hand
+            with torch.no_grad():
+                ctx.aliases = tuple(
+                    None if t is None else t.detach().requires_grad_(n)
+                    for t, n in zip(recipe.tensors, ctx.needs, strict=True)
+                )
+            with torch.enable_grad():
+                return fused(recipe.holding(ctx.aliases))
+
+        ctx.result = origin.whole("cross_entropy", job)
         result: Tensor = ctx.result.detach().clone()  # no view: it may be edited
         return result
 

@@ -248,12 +248,16 @@ def getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
+_ATTRIBUTES = """
+    shape dtype device ndim layout itemsize nbytes requires_grad is_leaf grad_fn retains_grad
+    output_nr name is_cuda is_cpu is_xpu is_mps is_xla is_meta is_sparse is_sparse_csr is_mkldnn
+    is_quantized is_nested _base _version _backward_hooks
+"""
 _ABOUT = {
-    *map(getter, ("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes")),
-    *map(getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested")),
-    *map(getter, ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "output_nr")),
+    *map(getter, _ATTRIBUTES.split()),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
     *(Tensor.get_device, Tensor.is_inference, Tensor.is_contiguous, Tensor.stride),
+    *(Tensor._is_view, Tensor.is_same_size),
 }
