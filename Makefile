@@ -17,6 +17,7 @@ help:
 	@echo "make quick  lint, types and a core of the tests in a minute: for work in progress"
 	@echo "make mutants  does a small change of the code make a test fail? MUTANTS='--sample 0': all"
 	@echo "make sanitize  run the kernels' tests under GCC's sanitizers"
+	@echo "make models  a tiny model of every family of transformers, plain and patched: docs/models.md"
 	@echo "make setup  the virtual environment that the others use"
 
 setup: $(READY)
@@ -72,6 +73,10 @@ docs: setup
 wheel: setup
 	$(BIN)/python scripts/wheel.py
 
+# Exits with 1 where a loss or a gradient is wrong. MODELS: names of families; none: all, and the page.
+models: setup
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/models.py $(MODELS)
+
 sanitize: setup
 	$(BIN)/python scripts/wheel.py --sanitize
 
@@ -92,7 +97,7 @@ quick-tests: setup
 mutants: setup
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py $(MUTANTS)
 
-.PHONY: quick quick-types quick-tests mutants
+.PHONY: quick quick-types quick-tests mutants models
 
 clean:
 	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
