@@ -21,6 +21,8 @@ from .chunked import Gradients, PassResult, budget, chunked_pass
 from .linear_head import Head
 from .row_functions import RowFunction
 
+_TENSORS = len(Head._fields)
+
 
 class Fused(torch.autograd.Function):
     """The chunked pass under autograd.
@@ -35,32 +37,34 @@ class Fused(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        low_input: Tensor | None,
+        low_weight: Tensor | None,
         function: RowFunction,
         plan: Plan,
         uniform: bool,
         ready: bool,
     ) -> tuple[Tensor, ...]:
         """The per-row values, or the sum of the first."""
-        head = Head(input, weight, bias)
+        head = Head(input, weight, bias, low_input, low_weight)
         ctx.plan, ctx.uniform, ctx.function = plan, uniform, function.bare()
         outputs, gradients = _made(ctx, head, function, ready)
         ctx.ready = gradients if ready else None
-        ctx.save_for_backward(input, weight, bias, *function.factors())
+        ctx.save_for_backward(*head, *function.factors())
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return (ordered_sum(outputs[0]), *outputs[1:]) if uniform else outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of input, weight and bias."""
+        """The gradients of the head's tensors."""
         grad_output = grad_outputs[0]
-        input, weight, bias, *factors = ctx.saved_tensors  # checked, whatever is used of them
+        saved = ctx.saved_tensors  # checked, whatever is used of them
         if grad_output is None:
-            return (None,) * 7
-        head, function = Head(input, weight, bias), ctx.function.holding(tuple(factors))
-        needs = ctx.needs_input_grad[:3]
+            return (None,) * (_TENSORS + 4)
+        head, function = Head(*saved[:_TENSORS]), ctx.function.holding(saved[_TENSORS:])
+        needs = ctx.needs_input_grad[:_TENSORS]
         if torch.is_grad_enabled() or not plain(grad_output):
-            above = grad_output.expand(input.shape[0]) if ctx.uniform else grad_output
+            above = grad_output.expand(head.input.shape[0]) if ctx.uniform else grad_output
             gradients = pulled(head, function, ctx.plan, above, needs)
         elif ctx.uniform:  # scaled afterwards, whether made in forward or now: the same bits
             gradients, ctx.ready = ctx.ready, None
@@ -76,7 +80,7 @@ def _made(ctx: Any, head: Head, function: RowFunction, gradients: bool) -> PassR
     """What a chunked pass leaves for a grad_output of one in each row."""
     ones = head.input.new_ones((), dtype=head.dtype).expand(head.input.shape[0])
     return chunked_pass(
-        head, function, ctx.plan, ones if gradients else None, ctx.needs_input_grad[:3]
+        head, function, ctx.plan, ones if gradients else None, ctx.needs_input_grad[:_TENSORS]
     )
 
 
@@ -95,13 +99,12 @@ def _scaled(gradients: Gradients, factor: Tensor) -> Gradients:
 
 def as_given(head: Head, gradients: Gradients, needs: tuple[bool, ...]) -> Gradients:
     """Gradients in the dtypes of what they are of: rounded here, and nowhere else."""
-    dx, dweight, dbias = (
+    return tuple(
         gradient.to(tensor.dtype)
         if needed and gradient is not None and tensor is not None
         else None
         for gradient, tensor, needed in zip(gradients, head, needs, strict=True)
     )
-    return dx, dweight, dbias
 
 
 def head_map(
@@ -115,16 +118,17 @@ def head_map(
     bare, dtype = function.bare(), head.dtype
 
     def call(
-        input: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor | None
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        own = bare.holding(factors)
-        return own.values(Head(input, weight, bias).without(own.wanted()).logits())
+        own = bare.holding(tensors[_TENSORS:])
+        return own.values(Head(*tensors[:_TENSORS]).without(own.wanted()).logits())
 
-    bias = None if head.bias is None else head.bias.to(dtype)
-    tensors = (head.input, head.weight.to(dtype), bias, *function.factors())
+    bias, low = (None if t is None else t.to(dtype) for t in (head.bias, head.low_weight))
+    shared = (head.weight.to(dtype), bias)
+    tensors = (head.input, *shared, head.low_input, low, *function.factors())
     row = sum(head.weight.shape) * dtype.itemsize
     block = min(plan.chunk_rows, max(1, budget(head.input.device) // (4 * row)))
-    return RowMap(call, (True, False, False, *function.by_row), 1, block), tensors
+    return RowMap(call, (True, False, False, True, False, *function.by_row), 1, block), tensors
 
 
 def pulled(
@@ -132,14 +136,13 @@ def pulled(
     function: RowFunction,
     plan: Plan,
     grad_output: Tensor,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],
 ) -> Gradients:
     """The same gradients with a graph that autograd can follow."""
     rows, tensors = head_map(head, function, plan)
-    needed = needs + (False,) * (len(tensors) - 3)
+    needed = needs + (False,) * (len(tensors) - len(needs))
     found = iter(by_blocks(rows.pullback(needed, (True,)), *tensors, grad_output))
-    dx, dweight, dbias = (next(found) if wanted else None for wanted in needs)
-    return dx, dweight, dbias
+    return tuple(next(found) if wanted else None for wanted in needs)
 
 
 def chunked_rows(

@@ -25,11 +25,12 @@ from .linear_head import Head
 from .row_functions import RowFunction
 from .sparse import CSRRows
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]  # of the tensors of a head, in their order
+NOTHING = (False,) * len(Head._fields)
 
 
 class PassResult(NamedTuple):
-    """What a chunked pass leaves: per-row values, and gradients of input, weight and bias."""
+    """What a chunked pass leaves: per-row values, and gradients of the head's tensors."""
 
     outputs: tuple[Tensor, ...]
     gradients: Gradients
@@ -41,14 +42,14 @@ def chunked_pass(
     function: RowFunction,
     plan: Plan,
     grad_output: Tensor | None,
-    needs: tuple[bool, bool, bool] = (False, False, False),
+    needs: tuple[bool, ...] = NOTHING,
 ) -> PassResult:
     """Go through all rows once; ``grad_output`` is the gradient of each row's value, None for none.
 
     The gradients are in the dtype of products: who scales them rounds them afterwards, once.
     """
     if grad_output is None:
-        needs = (False, False, False)
+        needs = NOTHING
     with no_autocast(head.input.device.type):
         kept = _kept(function)
         rows = head.input.shape[0] if kept is None else kept.shape[0]
@@ -56,12 +57,12 @@ def chunked_pass(
         for begin in range(0, max(rows, 1), plan.chunk_rows):
             chunk = slice(begin, min(begin + plan.chunk_rows, rows))
             place = chunk if kept is None else kept[chunk]
-            x, logits = work.logits(place, chunk.stop - begin)
+            x, low, logits = work.logits(place, chunk.stop - begin)
             above = None if grad_output is None else grad_output[place]
             values, gradient = function.compute(place, logits, above)
             work.keep(place, values, function.fill_values)
             if gradient is not None:
-                work.accumulate(place, x, gradient)
+                work.accumulate(place, x, low, gradient)
         return work.result()
 
 
@@ -77,20 +78,30 @@ class _Work:
     """The buffers of one pass."""
 
     def __init__(
-        self, head: Head, plan: Plan, rows: int, needs: tuple[bool, bool, bool], dense: bool
+        self, head: Head, plan: Plan, rows: int, needs: tuple[bool, ...], dense: bool
     ) -> None:
         x, weight = head.input, head.weight
-        self.head, self.block, self.first = head, plan.block, True
+        self.head, self.block, self.first, self.dense = head, plan.block, True, dense
         self.outputs: list[Tensor] = []
         self.buffer = dispatch.empty_with_huge_pages(x, (rows, weight.shape[0]), head.dtype)
-        self.dx = self.dweight = self.dbias = None
-        if needs[0]:
-            make = torch.empty if dense else torch.zeros
-            self.dx = make(x.shape, dtype=head.dtype, device=x.device)
-        if needs[1]:
-            self.dweight = dispatch.empty_with_huge_pages(weight, tuple(weight.shape), head.dtype)
-        if needs[2]:
-            self.dbias = weight.new_zeros(weight.shape[0], dtype=head.dtype)
+        low = head.low_weight
+        self.low_weight = None if low is None else low.to(head.dtype)
+        self.dx = self._of_rows(x) if needs[0] else None
+        self.dweight = self._of_classes(weight) if needs[1] else None
+        self.dbias = weight.new_zeros(weight.shape[0], dtype=head.dtype) if needs[2] else None
+        self.dlow = self._of_rows(head.low_input) if needs[3] else None
+        self.dlow_weight = self._of_classes(low) if needs[4] else None
+
+    def _of_rows(self, like: Tensor | None) -> Tensor | None:
+        """Memory for a gradient of features, zero in rows that are left out."""
+        make = torch.empty if self.dense else torch.zeros
+        return None if like is None else make(like.shape, dtype=self.head.dtype, device=like.device)
+
+    def _of_classes(self, like: Tensor | None) -> Tensor | None:
+        """Memory for a gradient of a weight, which the first chunk fills."""
+        if like is None:
+            return None
+        return dispatch.empty_with_huge_pages(like, tuple(like.shape), self.head.dtype)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in blocks of classes, in the dtype of products."""
@@ -99,8 +110,8 @@ class _Work:
             block = slice(begin, begin + self.block)
             yield block, weight[block].to(dtype)
 
-    def logits(self, place: slice | Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Features and logits of some rows."""
+    def logits(self, place: slice | Tensor, rows: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Features, those of the low-rank part, and logits of some rows."""
         x = self.head.input[place].to(self.head.dtype).contiguous()
         logits, bias = self.buffer[:rows], self.head.bias
         for classes, weight in self.blocks():
@@ -109,7 +120,11 @@ class _Work:
                 torch.mm(x, weight.t(), out=out)
             else:
                 torch.addmm(bias[classes].to(x.dtype), x, weight.t(), out=out)
-        return x, logits
+        if self.head.low_input is None or self.low_weight is None:
+            return x, None, logits
+        low = self.head.low_input[place].to(self.head.dtype).contiguous()
+        logits.addmm_(low, self.low_weight.t())
+        return x, low, logits
 
     def keep(
         self, place: slice | Tensor, values: tuple[Tensor, ...], fill_values: tuple[float, ...]
@@ -124,24 +139,35 @@ class _Work:
         for whole, value in zip(self.outputs, values, strict=True):
             whole[place] = value
 
-    def accumulate(self, place: slice | Tensor, x: Tensor, gradient: Tensor | CSRRows) -> None:
+    def accumulate(
+        self, place: slice | Tensor, x: Tensor, low: Tensor | None, gradient: Tensor | CSRRows
+    ) -> None:
         """The gradients of some rows, from that of their logits."""
         if self.dx is not None:
             self.dx[place] = self.product(gradient)
-        if self.dweight is not None:
-            if isinstance(gradient, CSRRows):
-                if self.first:
-                    self.dweight.zero_()
-                gradient.add_outer(self.dweight, x)
-            else:  # the first chunk fills fresh memory
-                beta = 0 if self.first else 1
-                torch.addmm(self.dweight, gradient.t(), x, beta=beta, out=self.dweight)
+        if self.dlow is not None and self.low_weight is not None:
+            sparse = isinstance(gradient, CSRRows)
+            times = gradient.times if sparse else gradient.mm  # type: ignore[union-attr]
+            self.dlow[place] = times(self.low_weight)
+        for dweight, features in ((self.dweight, x), (self.dlow_weight, low)):
+            if dweight is not None and features is not None:
+                self.add_outer(dweight, features, gradient)
         if self.dbias is not None:
             if isinstance(gradient, CSRRows):
                 gradient.add_sum(self.dbias)
             else:
                 self.dbias += gradient.sum(0)
         self.first = False
+
+    def add_outer(self, dweight: Tensor, features: Tensor, gradient: Tensor | CSRRows) -> None:
+        """Add the gradient of a weight that some rows give; the first chunk fills its memory."""
+        if isinstance(gradient, CSRRows):
+            if self.first:
+                dweight.zero_()
+            gradient.add_outer(dweight, features)
+        else:
+            beta = 0 if self.first else 1
+            torch.addmm(dweight, gradient.t(), features, beta=beta, out=dweight)
 
     def product(self, gradient: Tensor | CSRRows) -> Tensor:
         """The gradient of the features of some rows."""
@@ -157,9 +183,11 @@ class _Work:
 
     def result(self) -> PassResult:
         """What is left after the last chunk."""
-        if self.dweight is not None and self.first:
-            self.dweight.zero_()
-        return PassResult(tuple(self.outputs), (self.dx, self.dweight, self.dbias))
+        for dweight in (self.dweight, self.dlow_weight):
+            if dweight is not None and self.first:
+                dweight.zero_()
+        gradients = (self.dx, self.dweight, self.dbias, self.dlow, self.dlow_weight)
+        return PassResult(tuple(self.outputs), gradients)
 
 
 def plan_for(head: Head, chunk_rows: int | None) -> Plan:

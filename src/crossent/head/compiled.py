@@ -50,9 +50,10 @@ def compiled_rows(head: Head, problem: Problem, chunk_rows: int | None, uniform:
     """The losses of rows (on one axis), or their sum, by an operator that a graph can hold."""
     options = problem.options
     made = uniform and torch.is_grad_enabled()
-    needs = [made and t is not None and t.requires_grad for t in head]
+    tensors = head[:3]  # no low-rank part: graphs hold that as operations
+    needs = [made and t is not None and t.requires_grad for t in tensors]
     loss: Tensor = torch.ops.crossent.chunked(
-        *head,
+        *tensors,
         problem.target,
         problem.weight,
         problem.sample_weight,
@@ -83,12 +84,12 @@ def _run(arguments: tuple[Any, ...], grad_output: Tensor | None, needs: Any) -> 
     name = "target (its rows on one axis, shifted)"  # as the operator has it
     function = LossRows(function.problem.verified(name))
     with autograd_inside_operators():
-        return chunked_pass(head, function, plan, grad_output, needs)
+        return chunked_pass(head, function, plan, grad_output, (*needs, False, False))
 
 
 def _sized(gradients: Gradients, like: Tensor) -> Three:
     """Gradients, empty where none is wanted: operators return tensors."""
-    dx, dweight, dbias = (like.new_empty(0) if g is None else g for g in gradients)
+    dx, dweight, dbias = (like.new_empty(0) if g is None else g for g in gradients[:3])
     return dx, dweight, dbias
 
 
@@ -159,7 +160,8 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tenso
         found = dx, dweight, dbias
     else:
         found = torch.ops.crossent.chunked_backward(above, *tensors, *ctx.settings, list(needs))
-    return (*as_given(Head(*tensors[:3]), found, needs), *nothing)
+    given = as_given(Head(*tensors[:3]), (*found[:3], None, None), (*needs, False, False))
+    return (*given[:3], *nothing)
 
 
 def _by_operations(*arguments: Any) -> Four:

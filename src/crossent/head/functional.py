@@ -20,12 +20,12 @@ from ..backends.reduction import reduce
 from ..backends.results import Stats, lengthen
 from ..backends.subclasses import ask
 from ..functional import cross_entropy
-from ..problem.features import prepare_features
+from ..problem.features import check_low_rank, prepare_features
 from ..problem.options import Backend, Empty, GradientMode, Options, Reduction, check_scalar
 from ..problem.rows import Problem
 from .chunk_plan import check_chunk_rows
 from .dispatch import compute_rows
-from .linear_head import Head, flatten
+from .linear_head import Head
 from .row_functions import LossRows
 from .sparse import MODES, Sparsification
 
@@ -36,6 +36,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
     ignore_index: int | None = None,
@@ -82,6 +83,8 @@ def linear_cross_entropy(
         target: class indices (...), or class probabilities (..., V); for a K-dimensional weight
             (N, d1, ..., dK) or (N, V, d1, ..., dK).
         linear_bias: (V,), or (V, d1, ..., dK).
+        low_rank: features (..., r) and a weight (V, r) whose product is added to the logits: what
+            an adapter (LoRA) on the head does, without a weight (V, D) of its own.
         ignore_index: None stands for -100.
         options: torch's ``LinearCrossEntropyOptions``: its ``batch_chunk_size`` is taken as
             chunk_rows, the rest has no meaning here.
@@ -136,26 +139,28 @@ def linear_cross_entropy(
     )
     if chunk_rows is None and options is not None:
         chunk_rows = options.batch_chunk_size
-    tensors = (input, linear_weight, target, linear_bias, weight, sample_weight)
+    more = low_rank or (None, None)
+    tensors = (input, linear_weight, target, linear_bias, weight, sample_weight, *more)
     if has_torch_function_variadic(*tensors):
         keywords = _keywords(chosen, sample_weight, denominator)
         keywords.update(linear_bias=linear_bias, weight=weight, chunk_rows=chunk_rows)
         keywords.update(gradient_tolerance=gradient_tolerance, gradient_mode=gradient_mode)
+        keywords.update(low_rank=low_rank)
         return ask(linear_cross_entropy, tensors, tensors[:3], keywords)
     operations = needs_operations(*tensors, chosen.logit_scale)
     problem = prepare_features(
         input, linear_weight, linear_bias, target, weight, sample_weight, denominator, chosen
     )
+    check_low_rank(input, linear_weight, low_rank)
     check_sparsification(gradient_tolerance, gradient_mode)
     chunk_rows = None if chunk_rows is None else check_chunk_rows(chunk_rows)
     if linear_weight.dim() > 2:
         return _with_logits(tensors, problem, denominator)
     dispatch.choose(problem)  # raises where a backend was asked for that cannot serve
-    if operations or _compiles_as_logits(problem):
+    if operations or _compiles_as_logits(problem, low_rank is not None):
         return _with_logits(tensors, problem, denominator)
-    if problem.cut:  # the last positions have no target: their logits are never made
-        input = input.narrow(-2, 0, input.shape[-2] - problem.cut)
-    head, problem = Head(flatten(input), linear_weight, linear_bias), problem.verified()
+    head, problem = Head.of(input, linear_weight, linear_bias, low_rank), problem.verified()
+    head = head.without_last(problem.cut, input.shape)
     sparsification = _sparsification(gradient_tolerance, gradient_mode)
     function = LossRows(problem.flat(), sparsification, neighbours=linear_weight.stride(-1) == 1)
     uniform = chosen.reduction != "none" or denominator is not None
@@ -170,9 +175,9 @@ def _with_logits(
 
     A weight (V, d1, ..., dK, D) gives torch's logits (N, V, d1, ..., dK).
     """
-    input, linear_weight, target, bias, weight, sample_weight = tensors
+    input, linear_weight, target, bias, weight, sample_weight, *low = tensors
     bias = None if bias is None else bias.flatten()
-    head = Head(flatten(input), linear_weight.flatten(0, -2), bias)
+    head = Head.of(input, linear_weight.flatten(0, -2), bias, None if low[0] is None else low)
     if problem.by_index:
         valid = problem.valid()
         valid = valid.flatten(1).any(1) if linear_weight.dim() > 2 else valid.reshape(-1)
@@ -183,9 +188,9 @@ def _with_logits(
     return cross_entropy(logits, target, weight, **keywords)
 
 
-def _compiles_as_logits(problem: Problem) -> bool:
+def _compiles_as_logits(problem: Problem, low_rank: bool) -> bool:
     """Whether the operator that graphs hold does not have what is asked for."""
-    more = problem.options.return_stats or problem.cut or needs_reference(problem)
+    more = low_rank or problem.options.return_stats or problem.cut or needs_reference(problem)
     return torch.compiler.is_compiling() and bool(more)
 
 

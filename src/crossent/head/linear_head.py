@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,41 @@ class Head(NamedTuple):
     input: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
+    low_input: Tensor | None = None  # (N, r): a low-rank part, as an adapter has it
+    low_weight: Tensor | None = None  # (V, r)
+
+    @classmethod
+    def of(
+        cls,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_rank: Sequence[Tensor] | None = None,
+    ) -> Head:
+        """A head for features in any leading shape, of which each is a row."""
+        if low_rank is None:
+            return cls(flatten(input), weight, bias)
+        return cls(flatten(input), weight, bias, flatten(low_rank[0]), low_rank[1])
+
+    def without_last(self, cut: int, shape: torch.Size) -> Head:
+        """Features of shape (..., T, D) without the last positions, which have no target."""
+        if not cut:
+            return self
+
+        def shorter(rows: Tensor) -> Tensor:
+            rows = rows.reshape(*shape[:-1], rows.shape[-1])
+            return flatten(rows.narrow(-2, 0, shape[-2] - cut))
+
+        low = None if self.low_input is None else shorter(self.low_input)
+        return self._replace(input=shorter(self.input), low_input=low)
 
     @property
     def dtype(self) -> torch.dtype:
         """What products are taken in: half precision is slow on a CPU, and never precise."""
         dtype = torch.promote_types(self.input.dtype, self.weight.dtype)
+        if self.low_input is not None and self.low_weight is not None:
+            dtype = torch.promote_types(dtype, self.low_input.dtype)
+            dtype = torch.promote_types(dtype, self.low_weight.dtype)
         return torch.promote_types(dtype, torch.float32)
 
     def without(self, wanted: Tensor | None) -> Head:
@@ -33,7 +64,9 @@ class Head(NamedTuple):
         """
         if wanted is None:
             return self
-        return self._replace(input=torch.where(wanted.unsqueeze(-1), self.input, 0.0))
+        kept, low = wanted.unsqueeze(-1), self.low_input
+        low = None if low is None else torch.where(kept, low, 0.0)
+        return self._replace(input=torch.where(kept, self.input, 0.0), low_input=low)
 
     def logits(self) -> Tensor:
         """All logits at once, for derivatives of any kind."""
@@ -44,6 +77,8 @@ class Head(NamedTuple):
         bias = None if self.bias is None else self.bias.to(dtype)
         with no_autocast(device):
             logits = F.linear(self.input.to(dtype), self.weight.to(dtype), bias)
+            if self.low_input is not None and self.low_weight is not None:
+                logits = logits + F.linear(self.low_input.to(dtype), self.low_weight.to(dtype))
         # torch.export holds even a conversion to the same dtype to the dtype that it saw.
         return logits if dtype == self.dtype else logits.to(self.dtype)
 

@@ -12,12 +12,12 @@ from ..backends.dispatch import check_entropy, check_selection
 from ..backends.eligibility import needs_operations
 from ..backends.subclasses import ask
 from ..functional import entropy, log_prob
-from ..problem.features import check_features, logits_like
+from ..problem.features import check_features, check_low_rank, logits_like
 from ..problem.options import Backend, Options
 from ..problem.preparation import prepare_logits, prepare_selection
 from .chunk_plan import check_chunk_rows
 from .dispatch import compute_rows
-from .linear_head import Head, flatten
+from .linear_head import Head
 from .row_functions import EntropyRows, LogProbRows
 
 
@@ -27,6 +27,7 @@ def linear_log_prob(
     index: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
@@ -44,7 +45,7 @@ def linear_log_prob(
         input: features (..., D).
         linear_weight: (V, D).
         index: integers (...), or (..., K) for K classes of each row.
-        linear_bias, chunk_rows: as for :func:`crossent.linear_cross_entropy`.
+        linear_bias, low_rank, chunk_rows: as for :func:`crossent.linear_cross_entropy`.
         ignore_index, softcap, logit_scale, return_dtype, backend: as for
             :func:`crossent.log_prob`.
 
@@ -69,16 +70,18 @@ def linear_log_prob(
         return_dtype=return_dtype,
         backend=backend,
     )
-    tensors = (input, linear_weight, index, linear_bias)
+    tensors = (input, linear_weight, index, linear_bias, *(low_rank or ()))
     if has_torch_function_variadic(*tensors):
         keywords = dict(options._asdict(), linear_bias=linear_bias, chunk_rows=chunk_rows)
+        keywords.update(low_rank=low_rank)
         return cast("Tensor", ask(linear_log_prob, tensors, tensors[:3], keywords))
     check_features(input, linear_weight, linear_bias)
+    check_low_rank(input, linear_weight, low_rank)
     chunk_rows = None if chunk_rows is None else check_chunk_rows(chunk_rows)
     logits = logits_like(input, linear_weight)
     selection = prepare_selection(logits, index, options)
     check_selection(selection)
-    head = Head(flatten(input), linear_weight, linear_bias)
+    head = Head.of(input, linear_weight, linear_bias, low_rank)
     chosen, classes = selection.chosen, selection.chosen.shape[-1]
     if torch.compiler.is_compiling() or needs_operations(*head, *selection.factors()):
         values = log_prob(
@@ -101,6 +104,7 @@ def linear_entropy(
     linear_weight: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
     return_dtype: torch.dtype | None = None,
@@ -116,7 +120,7 @@ def linear_entropy(
     Args:
         input: features (..., D).
         linear_weight: (V, D).
-        linear_bias, chunk_rows: as for :func:`crossent.linear_cross_entropy`.
+        linear_bias, low_rank, chunk_rows: as for :func:`crossent.linear_cross_entropy`.
         softcap, logit_scale, return_dtype, backend: as for :func:`crossent.entropy`.
 
     Returns:
@@ -136,16 +140,18 @@ def linear_entropy(
         return_dtype=return_dtype,
         backend=backend,
     )
-    tensors = (input, linear_weight, linear_bias)
+    tensors = (input, linear_weight, linear_bias, *(low_rank or ()))
     if has_torch_function_variadic(*tensors):
         keywords = dict(options._asdict(), linear_bias=linear_bias, chunk_rows=chunk_rows)
+        keywords.update(low_rank=low_rank)
         return cast("Tensor", ask(linear_entropy, tensors, tensors[:2], keywords))
     check_features(input, linear_weight, linear_bias)
+    check_low_rank(input, linear_weight, low_rank)
     chunk_rows = None if chunk_rows is None else check_chunk_rows(chunk_rows)
     shape = logits_like(input, linear_weight)
     logits = prepare_logits(shape, options)
     check_entropy(logits)
-    head = Head(flatten(input), linear_weight, linear_bias)
+    head = Head.of(input, linear_weight, linear_bias, low_rank)
     if torch.compiler.is_compiling() or needs_operations(*head, logits.scale):
         values = entropy(
             head.logits().reshape(shape.shape),

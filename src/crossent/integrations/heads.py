@@ -88,9 +88,8 @@ def _linears(model: Any) -> Iterator[Any]:
     """The linear layers that may make logits: as wide as the vocabulary, or the head itself."""
     head = model.get_output_embeddings()
     widths = _vocabularies(model.config)
-    inside = {head} if head is None else set(head.modules())
     for module in model.modules():
-        if isinstance(module, nn.Linear) and (module in inside or module.weight.shape[0] in widths):
+        if isinstance(module, nn.Linear) and (module is head or module.weight.shape[0] in widths):
             yield module
 
 

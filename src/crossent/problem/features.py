@@ -68,6 +68,22 @@ def check_features(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
+def check_low_rank(input: Tensor, weight: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> None:
+    """Raise unless a low-rank part fits the features and the weight that it is added to."""
+    if low_rank is None:
+        return
+    features, small = low_rank
+    check_features(features, small, None)
+    if weight.dim() > 2:
+        raise ValueError("low_rank: expected with a linear_weight of two axes")
+    if features.shape[:-1] != input.shape[:-1] or small.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"low_rank: expected features (..., r) and a weight (V, r) beside input "
+            f"{tuple(input.shape)} and linear_weight {tuple(weight.shape)}, got "
+            f"{tuple(features.shape)} and {tuple(small.shape)}"
+        )
+
+
 def logits_like(input: Tensor, weight: Tensor) -> Tensor:
     """A tensor with the shape and dtype of the logits, and one element of memory."""
     dtype = torch.promote_types(input.dtype, weight.dtype)

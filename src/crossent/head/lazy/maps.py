@@ -93,15 +93,23 @@ def _neg(input: LazyLogits) -> Any:
 
 @rule(Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
 def _add(input: LazyLogits, other: Any) -> Any:
-    """A bias: a vector over the classes, in any shape that broadcasts so."""
+    """A bias, or what an adapter adds."""
     recipe = input.recipe
-    if not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not classes_last(input):
+    if recipe.cap is not None or recipe.sign or not classes_last(input):
         return NotImplemented
-    if recipe.cap is not None or recipe.sign or not other.is_floating_point() or not other.dim():
+    if isinstance(other, LazyLogits):
+        return _with_adapter(input, other)
+    return _biased(input, other) if isinstance(other, Tensor) else NotImplemented
+
+
+def _biased(input: LazyLogits, other: Tensor) -> Any:
+    """A vector over the classes, in any shape that broadcasts so."""
+    recipe = input.recipe
+    if not other.is_floating_point() or not other.dim() or other.device != input.device:
         return NotImplemented
     if other.numel() != input.shape[-1] or other.shape[-1] != input.shape[-1]:
         return NotImplemented
-    if other.dim() > input.dim() or other.device != input.device:
+    if other.dim() > input.dim():
         return NotImplemented
 
     def shifted(shift: Tensor | None, vector: Tensor) -> Tensor:
@@ -111,6 +119,29 @@ def _add(input: LazyLogits, other: Any) -> Any:
     step = step_of(lambda z, vector: z + vector, input, shift=shifted, extras=(other,))
     recipe = recipe._replace(shift=shifted(recipe.shift, other), dtype=dtype)
     return input.copy_by(recipe, step)
+
+
+def _with_adapter(one: LazyLogits, other: LazyLogits) -> Any:
+    """Logits plus lazy ones of another head: x W^T + u B^T."""
+    if one.recipe.features.shape[-1] < other.recipe.features.shape[-1]:
+        one, other = other, one
+    base, adapter = one.recipe, other.recipe
+    plain = adapter.cap is None and not adapter.sign and adapter.shift is None
+    if not plain or base.cap is not None or base.sign or adapter.bias is not None:
+        return NotImplemented
+    if other.is_made or one.is_made or one.shape != other.shape or not classes_last(other):
+        return NotImplemented
+    if adapter.low_input is not None or one.device != other.device or one.origin is other.origin:
+        return NotImplemented
+    ratio = adapter.factor / base.factor
+    low = adapter.features if ratio == 1 else adapter.features * ratio
+    weight = adapter.weight
+    if base.low_input is not None and base.low_weight is not None:
+        low = torch.cat([base.low_input, low], -1)
+        weight = torch.cat([base.low_weight, weight], -1)
+    dtype = torch.promote_types(base.dtype, adapter.dtype)
+    recipe = base._replace(low_input=low, low_weight=weight, dtype=dtype)
+    return one.plus(other, recipe, ratio)
 
 
 @rule(Tensor.tanh, torch.tanh)

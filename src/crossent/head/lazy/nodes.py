@@ -134,19 +134,79 @@ def _pulled_by_effects(
         return pulled(_certain(shift), arguments, wanted, above)
 
     def effects() -> Effects:
-        dx, dweight, dbias, _ = gradient.effects()
-        if step.rows is not None and dx is not None:
-            blank = dx.new_empty(1).expand(recipe.features.shape).requires_grad_()
-            with torch.enable_grad():
-                moved = step.rows(blank)
-            (dx,) = torch.autograd.grad(
-                moved, blank, dx, create_graph=torch.is_grad_enabled() and dx.requires_grad
-            )
-        if recipe.shift is None:
-            return dx, dweight, dbias, None
-        return dx, dweight, dbias, shifted((True, *(False for _ in step.extras)))[0]
+        dx, dweight, dbias, dshift, dlow, dlow_weight = gradient.effects()
+        if step.rows is not None:
+            dx = _moved_back(step.rows, recipe.features, dx)
+            dlow = _moved_back(step.rows, recipe.low_input, dlow)
+        dshift = None
+        if recipe.shift is not None:
+            dshift = shifted((True, *(False for _ in step.extras)))[0]
+        return dx, dweight, dbias, dshift, dlow, dlow_weight
 
     return effects, shifted((False, *needs))[1:] if any(needs) else (None,) * len(needs)
+
+
+def _moved_back(
+    rows: Callable[[Tensor], Tensor], features: Tensor | None, gradient: Tensor | None
+) -> Tensor | None:
+    """The gradient of features from that of their rows in another shape or order."""
+    if features is None or gradient is None:
+        return None
+    blank = gradient.new_empty(1).expand(features.shape).requires_grad_()
+    with torch.enable_grad():
+        moved = rows(blank)
+    graph = torch.is_grad_enabled() and gradient.requires_grad
+    return torch.autograd.grad(moved, blank, gradient, create_graph=graph)[0]
+
+
+class SumNode(torch.autograd.Function):
+    """Logits and what an adapter adds to them: two lazy tensors become one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lazy: Tensor,
+        adapter: Tensor,
+        ratio: float,
+        ranks: tuple[int, int],
+        empty: Callable[[], Tensor],
+    ) -> Tensor:
+        """A tensor without memory; ``ranks`` of the low-rank parts before and of the adapter."""
+        ctx.like, ctx.ratio, ctx.ranks = (Like.of(lazy), Like.of(adapter)), ratio, ranks
+        return empty()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of both."""
+        gradient, ratio = grad_outputs[0], ctx.ratio
+        if not (isinstance(gradient, LazyGradient) and gradient.is_lazy):
+            same = densely(gradient)
+            mine, its = (same.to(like.dtype) for like in ctx.like)
+            return mine, its, None, None, None
+
+        def parts(place: int) -> tuple[Tensor | None, Tensor | None]:
+            found = gradient.effects()[4:]
+            mine, its = (None if f is None else f.split(ctx.ranks, -1)[place] for f in found)
+            return mine, its
+
+        def before() -> Effects:
+            return *gradient.effects()[:4], *(parts(0) if ctx.ranks[0] else (None, None))
+
+        def adapters() -> Effects:
+            dlow, dweight = parts(1)
+            return None if dlow is None else dlow * ratio, dweight, None, None, None, None
+
+        def numbers(like: Like) -> Callable[[], Tensor]:
+            return lambda: gradient.dense().to(like.dtype)
+
+        mine, its = ctx.like
+        return (
+            LazyGradient.like(mine, before, numbers(mine)),
+            LazyGradient.like(its, adapters, numbers(its)),
+            None,
+            None,
+            None,
+        )
 
 
 class Score(torch.autograd.Function):

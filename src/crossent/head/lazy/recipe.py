@@ -56,7 +56,8 @@ class Ambient(NamedTuple):
 class Recipe(NamedTuple):
     """How logits come from features.
 
-    z = factor (x W^T + b) + shift, or cap tanh(z) once there is a cap, or sign log softmax(z).
+    z = factor (x W^T + b + u B^T) + shift, or cap tanh(z) once there is a cap, or
+    sign log softmax(z).
     """
 
     features: Tensor  # (..., D), rows in the order in which they are shown
@@ -68,12 +69,14 @@ class Recipe(NamedTuple):
     shift: Tensor | None = None  # (V,)
     cap: float | None = None
     sign: int = 0  # 0: logits; else log-probabilities times 1 or -1
+    low_input: Tensor | None = None  # u (..., r): an adapter's low-rank part
+    low_weight: Tensor | None = None  # B (V, r)
     axis: int = -1  # where the classes are shown; the features' are last
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What gradients flow to."""
-        return self.features, self.weight, self.bias, self.shift
+        return tuple(getattr(self, name) for name in _TENSORS)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,10 +87,13 @@ class Recipe(NamedTuple):
 
     def holding(self, tensors: tuple[Tensor | None, ...]) -> Recipe:
         """The same with other tensors in the places of :attr:`tensors`."""
-        given: dict[str, Any] = dict(
-            zip(("features", "weight", "bias", "shift"), tensors, strict=True)
-        )
+        given: dict[str, Any] = dict(zip(_TENSORS, tensors, strict=True))
         return self._replace(**given)
+
+    def moved(self, rows: Callable[[Tensor], Tensor]) -> Recipe:
+        """The same for rows in another shape or order."""
+        low = None if self.low_input is None else rows(self.low_input)
+        return self._replace(features=rows(self.features), low_input=low)
 
     @property
     def scoring(self) -> tuple[float, float | None, int]:
@@ -116,6 +122,7 @@ class Recipe(NamedTuple):
             dtype = torch.float32  # as torch's losses under autocast
         return {
             "linear_bias": bias,
+            "low_rank": None if self.low_input is None else (self.low_input, self.low_weight),
             "logit_scale": scale,
             "softcap": self.cap,
             "return_dtype": dtype,
@@ -124,6 +131,8 @@ class Recipe(NamedTuple):
     def make(self) -> Tensor:
         """What is shown, by torch's operations."""
         logits = F.linear(self.features, self.weight, self.bias)
+        if self.low_input is not None and self.low_weight is not None:
+            logits = logits + F.linear(self.low_input, self.low_weight)
         if self.factor != 1:
             logits = logits * self.factor
         if self.shift is not None:
@@ -134,6 +143,9 @@ class Recipe(NamedTuple):
         if self.sign:
             logits = logits.log_softmax(-1) * self.sign
         return logits.movedim(-1, self.axis)
+
+
+_TENSORS = ("features", "weight", "bias", "shift", "low_input", "low_weight")
 
 
 class Learnt(NamedTuple):
@@ -154,6 +166,7 @@ class Origin:
     """One forward of a head: what it was given, and what losses have learnt of its rows since."""
 
     def __init__(self, recipe: Recipe, watch: Watch | None, options: Mapping[str, Any]) -> None:
+        self.adapters: list[Origin] = []  # of what has been added
         self.hooks: list[Callable[..., Any]] = []  # FSDP's, on the logits
         self.head: Head | None = None  # the module
         self.watch = watch  # is told what becomes of the logits
@@ -176,7 +189,7 @@ class Origin:
         for name, before, now in zip(names, self._versions, self._now(), strict=True):
             if before != now:
                 return name
-        return None
+        return next(filter(None, (adapter.changed() for adapter in self.adapters)), None)
 
     def check(self, wanted: str) -> None:
         """Raise where the logits cannot be made any more."""

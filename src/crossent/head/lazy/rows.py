@@ -15,7 +15,7 @@ from .tensor import LazyLogits
 
 def _moved(lazy: LazyLogits, act: Callable[[Tensor], Tensor], *, copy: bool = False) -> LazyLogits:
     """What does the same to rows of logits and to those of features."""
-    recipe = lazy.recipe._replace(features=act(lazy.recipe.features))
+    recipe = lazy.recipe.moved(act)
     step = step_of(act, lazy, rows=act)
     return lazy.copy_by(recipe, step) if copy else lazy.view_by(recipe, step)
 
@@ -104,7 +104,7 @@ def _permuted(lazy: LazyLogits, order: tuple[int, ...]) -> Any:
     def rows(tensor: Tensor) -> Tensor:
         return tensor.permute(leading)
 
-    recipe = lazy.recipe._replace(features=rows(lazy.recipe.features), axis=new - axes)
+    recipe = lazy.recipe.moved(rows)._replace(axis=new - axes)
     return lazy.view_by(recipe, step_of(lambda z: z.permute(order), lazy, rows=rows))
 
 

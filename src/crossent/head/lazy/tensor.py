@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...problem.torch_internals import no_torch_function, without_memory
-from .nodes import RootStep, Step, StepNode
+from .nodes import RootStep, Step, StepNode, SumNode
 from .recipe import Origin, Recipe
 from .watch import Watch
 
@@ -72,6 +72,18 @@ class LazyLogits(Tensor):
         lazy = self._stepped(recipe, step, like)
         lazy.parent, lazy.step = self, step
         return lazy
+
+    def plus(self, adapter: LazyLogits, recipe: Recipe, ratio: float) -> LazyLogits:
+        """The sum with what an adapter adds; ``ratio`` of its factor to this one's."""
+        low = self.recipe.low_input
+        ranks = (0 if low is None else low.shape[-1], adapter.recipe.features.shape[-1])
+        skeleton = torch.empty(recipe.shape, device="meta")
+        node: Any = SumNode  # torch leaves apply untyped
+        lazy: LazyLogits = node.apply(self, adapter, ratio, ranks, _empty(recipe, skeleton))
+        self.origin.adapters.append(adapter.origin)
+        if adapter.origin.watch is not None:
+            adapter.origin.watch.fused(adapter.origin, "added to the head")
+        return _filled(lazy, recipe, self.origin, skeleton, self.rows)
 
     def _stepped(self, recipe: Recipe, step: Step, skeleton: Tensor) -> LazyLogits:
         node: Any = StepNode
