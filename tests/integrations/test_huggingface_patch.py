@@ -1,71 +1,26 @@
-"""What a patched model offers and keeps: options, statistics, evaluation, report, wrappers."""
+"""What a patched model offers: options, statistics, evaluation, a report, Trainer's losses."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-import torch.nn.functional as F
 
 import crossent
-from crossent.head.lazy import LazyHead, LazyLogits
+from crossent.head.lazy import LazyLogits
 from crossent.integrations import heads, huggingface
 
 transformers = pytest.importorskip("transformers")
-V, T, B = 97, 11, 2
+from tests.helpers.language_models import B, T, V, gradients, model_of, shifted, small_batch, step
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
 
-def model_of(kind="LlamaForCausalLM", **more):
-    torch.manual_seed(0)
-    small = {
-        "vocab_size": V,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-    }
-    if "T5" in kind:
-        small = {"vocab_size": V, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1}
-        small |= {"num_heads": 2, "dropout_rate": 0.0, "decoder_start_token_id": 0}
-    if "Bert" in kind:
-        small |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    if "Mixtral" in kind:
-        small |= {"num_local_experts": 2, "num_key_value_heads": 2, "output_router_logits": True}
-    cls = getattr(transformers, kind)
-    model = cls(cls.config_class(**small, **more)).train()
-    for parameter in model.parameters():
-        parameter.data.mul_(3)
-    return model
-
-
 @pytest.fixture
 def batch():
-    g = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, V, (B, T), generator=g)
-    labels = ids.clone()
-    labels[0, :4] = -100
-    return {"input_ids": ids, "labels": labels}
-
-
-def gradients(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def step(model, batch):
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
-def shifted(labels):
-    return F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return small_batch()
 
 
 @pytest.mark.parametrize(
@@ -177,98 +132,6 @@ def test_the_report_adds_up(batch):
         "1-3      22 x 97  cross_entropy  -        25.0 KiB",
         "3 forwards: 3 fused, 0 made; 25.0 KiB of logits never existed",
     ]
-
-
-def test_a_head_that_is_new_is_found(batch):
-    model = model_of()
-    huggingface.patch(model)
-    model.resize_token_embeddings(V + 7, mean_resizing=False)
-    loss, _ = step(model, batch)
-    assert model.lm_head.watch.report().fused == 1
-    huggingface.unpatch(model)
-    torch.testing.assert_close(step(model, batch)[0], loss)
-    assert type(model.lm_head) is torch.nn.Linear
-
-
-def test_models_that_accelerate_has_dispatched(batch):
-    accelerate = pytest.importorskip("accelerate")
-    model = model_of()
-    before = step(model, batch)
-    accelerate.hooks.add_hook_to_module(
-        model.lm_head, accelerate.hooks.AlignDevicesHook(io_same_device=True)
-    )
-    with huggingface.patch(model) as patched:
-        after = step(model, batch)
-        assert patched.report().fused == 1
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    step(model, batch)
-    assert len(patched.report().forwards) == 1
-
-
-@pytest.mark.parametrize("order", ["patch first", "adapter first"])
-@pytest.mark.parametrize(
-    "options", [{"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
-)
-def test_adapters_and_saved_modules(batch, order, options):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(lora_dropout=0.0, init_lora_weights=False, **options)
-    torch.manual_seed(3)
-    plain = peft.get_peft_model(model_of(), config)
-    before = step(plain, batch)
-    torch.manual_seed(3)
-    model = model_of()
-    if order == "patch first":
-        huggingface.patch(model)
-    wrapped = peft.get_peft_model(model, config)
-    wrapped.load_state_dict(plain.state_dict())
-    if order == "adapter first":
-        huggingface.patch(wrapped)
-    loss, found = step(wrapped, batch)
-    torch.testing.assert_close((loss, found), before, rtol=1e-4, atol=1e-6)
-    head = wrapped.get_base_model().lm_head.modules_to_save["default"]
-    assert head.watch.report().fused == 1
-    merged = wrapped.merge_and_unload()
-    huggingface.unpatch(merged)
-    assert not any(isinstance(module, LazyHead) for module in merged.modules())
-    torch.testing.assert_close(step(merged, batch)[0], loss, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore::crossent.MadeLogitsWarning")
-@pytest.mark.parametrize("dora", [False, True])
-def test_adapters_on_the_head(batch, dora):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        target_modules=["lm_head"], lora_dropout=0.0, init_lora_weights=False, use_dora=dora
-    )
-    torch.manual_seed(3)
-    model = peft.get_peft_model(model_of(), config)
-    before = step(model, batch)
-    with huggingface.patch(model) as patched:
-        found = step(model, batch)
-        report = patched.report()
-    torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-6)
-    if not dora:
-        assert report.saved > 0, report
-
-
-def test_wrappers_are_named():
-    model = torch.nn.DataParallel(model_of())
-    with pytest.raises(TypeError, match=r"pass model\.module"):
-        huggingface.patch(model)
-
-
-def test_copies_are_patched_and_unpatched_on_their_own(batch):
-    model = model_of()
-    huggingface.patch(model)
-    copied = copy.deepcopy(model)
-    huggingface.unpatch(model)
-    assert type(model.lm_head) is torch.nn.Linear
-    step(copied, batch)
-    assert copied.lm_head.watch.report().fused == 1
-    huggingface.unpatch(copied)
-    assert type(copied.lm_head) is torch.nn.Linear
-    assert not copied._forward_hooks
-    assert F.cross_entropy is not crossent.patching.cross_entropy
 
 
 @pytest.mark.filterwarnings("ignore::crossent.MadeLogitsWarning")

@@ -22,6 +22,7 @@ from torch.autograd.graph import increment_version as increment_version
 
 _T = TypeVar("_T", bound=Tensor)
 _keys, _tracing_state = torch._C._dispatch_keys, torch._C._get_tracing_state
+is_view = Tensor._is_view  # what __torch_function__ is given for it
 _BACKENDS = ("CPU", "CUDA", "XPU", "MPS")  # numbers in memory of their own
 
 

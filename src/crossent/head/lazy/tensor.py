@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.torch_internals import no_torch_function, without_memory
+from ...problem.torch_internals import is_view, no_torch_function, without_memory
 from .nodes import RootStep, Step, StepNode, SumNode
 from .recipe import Origin, Recipe
 from .watch import Watch
@@ -271,5 +271,5 @@ _ABOUT = {
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
     *(Tensor.get_device, Tensor.is_inference, Tensor.is_contiguous, Tensor.stride),
-    *(Tensor._is_view, Tensor.is_same_size),
+    *(is_view, Tensor.is_same_size),
 }
