@@ -9,7 +9,7 @@ import crossent
 from crossent.head.lazy import LazyLogits
 from crossent.integrations import heads, huggingface
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 from tests.helpers.language_models import B, T, V, gradients, model_of, shifted, small_batch, step
 
 pytestmark = [

@@ -12,7 +12,7 @@ import crossent
 from crossent.head.lazy import LazyHead
 from crossent.integrations import huggingface
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 from tests.helpers.language_models import V, model_of, small_batch, step
 
 pytestmark = [
