@@ -65,6 +65,7 @@ bench: setup
 	$(BIN)/python benchmarks/explain.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/models.py
 
 docs: setup
 	$(BIN)/python scripts/numerics.py

@@ -11,7 +11,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version as increment_version
 
 _T = TypeVar("_T", bound=Tensor)
+_F = TypeVar("_F", bound=Callable[..., Any])
 _keys, _tracing_state = torch._C._dispatch_keys, torch._C._get_tracing_state
 is_view = Tensor._is_view  # what __torch_function__ is given for it
 _BACKENDS = ("CPU", "CUDA", "XPU", "MPS")  # numbers in memory of their own
@@ -179,6 +180,26 @@ def no_torch_function() -> AbstractContextManager[None]:
     """Subclasses are taken for plain tensors inside here."""
     guard: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return guard
+
+
+def uncompiled(function: _F) -> _F:
+    """The same outside of every graph: torch.compile ends one before it."""
+    disable: Any = torch.compiler.disable  # torch leaves it untyped
+    return cast("_F", disable(function))
+
+
+def _graph_is_whole() -> bool:
+    """While torch.compile traces: whether it may not leave the graph (``fullgraph``, export)."""
+    try:
+        translator = importlib.import_module("torch._dynamo.symbolic_convert")
+        trace = translator.InstructionTranslator.current_tx()
+        return bool(trace.one_graph or trace.error_on_graph_break)
+    except Exception:  # no dynamo, or another one: what was asked for stays in the graph
+        return True
+
+
+_constant: Any = torch.compiler.assume_constant_result  # torch leaves it untyped
+graph_is_whole: Callable[[], bool] = _constant(_graph_is_whole)
 
 
 def without_memory(kind: type[_T], like: Tensor, dtype: torch.dtype, device: torch.device) -> _T:

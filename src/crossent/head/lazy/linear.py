@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...problem.torch_internals import autocast_enabled, plain
+from ...problem.torch_internals import autocast_enabled, graph_is_whole, plain, uncompiled
 from .recipe import Recipe
 from .tensor import LazyLogits
 from .watch import Watch
@@ -32,6 +32,8 @@ class LazyHead(nn.Linear):
         if self._job is not None:
             self._job()
             return input.new_empty(0)  # what hooks do to an output is not for the job's result
+        if torch.compiler.is_compiling() and not graph_is_whole():
+            return _uncompiled(self, input)
         training = self.training and torch.is_grad_enabled()
         if not (training or self.evaluation) or not plain(input, self.weight, self.bias):
             return super().forward(input)
@@ -51,6 +53,14 @@ class LazyHead(nn.Linear):
         finally:
             self._job = None
         return results[0]
+
+
+def _eagerly(head: LazyHead, input: Tensor) -> Tensor:
+    """A graph of torch.compile ends before the head: lazy logits are no tensors of a graph."""
+    return head.forward(input)
+
+
+_uncompiled = uncompiled(_eagerly)
 
 
 def lazy_linear(

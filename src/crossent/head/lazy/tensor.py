@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.torch_internals import is_view, no_torch_function, without_memory
+from ...problem.torch_internals import is_view, no_torch_function, uncompiled, without_memory
 from .nodes import RootStep, Step, StepNode, SumNode
 from .recipe import Origin, Recipe
 from .watch import Watch
@@ -152,22 +152,9 @@ class LazyLogits(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _ABOUT:  # shape, dtype, device, ...
-            with no_torch_function():
-                return func(*args, **kwargs)
-        if func in GRAPH:
-            return GRAPH[func](func, args, kwargs)
-        lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
-        rule = SCORES.get(func)
-        if rule is None and lazy is not None and not lazy.is_made:
-            rule = RULES.get(func)
-        if rule is not None:
-            result = rule(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        args, kwargs = unwrapped((args, kwargs), _name(func))
-        made = func(*args, **kwargs)
-        return lazy if lazy is not None and made is lazy._tensor else made
+        # No graph holds lazy logits: between two graphs, what is done to them is done as ever.
+        call = _uncompiled if torch.compiler.is_compiling() else _called
+        return call(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -193,6 +180,29 @@ class LazyLogits(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.made("pickle").__reduce_ex__(protocol)
+
+
+def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function of torch, or of ours, that was given lazy logits."""
+    if func in _ABOUT:  # shape, dtype, device, ...
+        with no_torch_function():
+            return func(*args, **kwargs)
+    if func in GRAPH:
+        return GRAPH[func](func, args, kwargs)
+    lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
+    rule = SCORES.get(func)
+    if rule is None and lazy is not None and not lazy.is_made:
+        rule = RULES.get(func)
+    if rule is not None:
+        result = rule(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    args, kwargs = unwrapped((args, kwargs), _name(func))
+    made = func(*args, **kwargs)
+    return lazy if lazy is not None and made is lazy._tensor else made
+
+
+_uncompiled = uncompiled(_called)
 
 
 def unwrapped(value: Any, asker: str, detached: bool = False) -> Any:
