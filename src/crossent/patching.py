@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType, TracebackType
+from collections.abc import Callable, Mapping
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -52,8 +51,8 @@ def _called(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """Ours, with the options of :func:`losses_with`; what ``torch.jit.script`` does not read."""
-    options: Mapping[str, Any] = _options.get()
+    """Ours, with the options of :func:`options_while`; what ``torch.jit.script`` does not read."""
+    options = _options()
     if label_smoothing:
         options = {**options, "label_smoothing": label_smoothing}
     ours: Any = _ours  # its overloads ask for the keywords one by one
@@ -68,18 +67,37 @@ def _called(
     return loss
 
 
-#: Options of losses that come by torch's signature, which has no room for them.
-_options: ContextVar[Mapping[str, Any]] = ContextVar("options", default=MappingProxyType({}))
+class _Running(threading.local):
+    """Options of losses by torch's signature, for as long as some calls of this thread run."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[FrameType, Mapping[str, Any]]] = []
 
 
-@contextmanager
-def losses_with(**options: Any) -> Iterator[None]:
-    """Inside here, in this thread, losses by torch's signature have these options of ours."""
-    token = _options.set(options)
-    try:
-        yield
-    finally:
-        _options.reset(token)
+_running = _Running()
+
+
+def is_running(frame: FrameType) -> bool:
+    """Whether a call of this thread has not ended, by return or by exception."""
+    at: FrameType | None = sys._getframe(1)
+    while at is not None and at is not frame:
+        at = at.f_back
+    return at is not None
+
+
+def options_while(frame: FrameType, options: Mapping[str, Any]) -> None:
+    """While a call of this thread runs, losses by torch's signature have these options of ours.
+
+    Nobody has to end it: a KeyboardInterrupt, which torch's hooks are not told of, does, too.
+    """
+    _running.calls.append((frame, options))
+
+
+def _options() -> Mapping[str, Any]:
+    calls = _running.calls
+    while calls and not is_running(calls[-1][0]):
+        calls.pop()
+    return calls[-1][1] if calls else {}
 
 
 _lock = threading.RLock()

@@ -12,9 +12,10 @@ In generation, and for whoever looks at them, they are what they were.
 from __future__ import annotations
 
 import functools
+import sys
+import threading
 from collections.abc import Callable
-from contextlib import ExitStack
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..functional import cross_entropy
 from ..head.lazy import LazyLogits, Report, Watch
-from ..patching import losses_with
+from ..patching import is_running, options_while
 from ..patching import patch as patched_loss
 from ..problem.options import GradientMode
 from . import heads
@@ -37,7 +38,7 @@ class Patch:
     def __init__(self, model: nn.Module, evaluation: bool, options: dict[str, Any]) -> None:
         self.model, self.watch, self.evaluation = model, Watch(), evaluation
         self.options = {name: value for name, value in options.items() if value is not None}
-        self._open: list[ExitStack] = []  # of forwards that run now
+        self._open: list[tuple[int, FrameType, patched_loss]] = []  # forwards of threads
 
     def report(self) -> Report:
         """What became of the logits of each forward: fused, made (and who asked), bytes saved."""
@@ -60,20 +61,27 @@ class Patch:
     ) -> None:
         self.undo()
 
-    def enter(self, inner: nn.Module) -> None:
+    def enter(self, inner: nn.Module, call: FrameType) -> None:
         """A forward begins: heads that are new become lazy, losses are ours."""
         heads.become_lazy(inner, self.watch, self.options, self.evaluation)
-        stack = ExitStack()
-        stack.enter_context(patched_loss())
+        self.leave()  # those that nobody has told of a KeyboardInterrupt
+        self._open.append((threading.get_ident(), call, patched_loss()))
         if inner.training:
             losses = {k: v for k, v in self.options.items() if k not in heads.HEAD_OPTIONS}
-            stack.enter_context(losses_with(**losses))
-        self._open.append(stack)
+            options_while(call, losses)
 
-    def leave(self) -> None:
-        """A forward has ended."""
-        if self._open:
-            self._open.pop().close()
+    def leave(self, call: FrameType | None = None) -> None:
+        """A forward of this thread has ended: the one that is called so, and what it has called."""
+        for entry in list(self._open):
+            thread, frame, loss = entry
+            if thread == threading.get_ident() and (frame is call or not is_running(frame)):
+                self._open.remove(entry)
+                loss.undo()
+
+    def leave_all(self) -> None:
+        """The patch is undone, whatever runs."""
+        while self._open:
+            self._open.pop()[2].undo()
 
 
 def patch(
@@ -160,8 +168,10 @@ def unpatch(model: nn.Module) -> None:
     inner = _inner(model)
     for root in {model, inner}:
         heads.become_plain(root)
-    if vars(inner).pop(_PATCH, None) is None:
+    patched = vars(inner).pop(_PATCH, None)
+    if patched is None:
         return
+    patched.leave_all()
     del inner.crossent_stats
     for hooks, ours in ((inner._forward_pre_hooks, _enter), (inner._forward_hooks, _leave)):
         for key in [key for key, hook in hooks.items() if hook is ours]:
@@ -173,13 +183,13 @@ def unpatch(model: nn.Module) -> None:
 def _enter(inner: nn.Module, inputs: Any) -> None:
     patched = vars(inner).get(_PATCH)
     if patched is not None and not torch.compiler.is_compiling():
-        patched.enter(inner)
+        patched.enter(inner, sys._getframe(1))
 
 
 def _leave(inner: nn.Module, inputs: Any, output: Any) -> None:
     patched = vars(inner).get(_PATCH)
     if patched is not None and not torch.compiler.is_compiling():
-        patched.leave()
+        patched.leave(sys._getframe(1))
 
 
 def _inner(model: nn.Module) -> Any:

@@ -209,6 +209,11 @@ def without_memory(kind: type[_T], like: Tensor, dtype: torch.dtype, device: tor
     return tensor
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been edited in place; 0 where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def is_freed(weight: Tensor) -> bool:
     """Whether a parameter's numbers are elsewhere: sharded over processes, or offloaded."""
     return weight.untyped_storage().nbytes() == 0

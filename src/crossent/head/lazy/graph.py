@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...problem.torch_internals import no_torch_function, unsharding
-from .gradient import LazyGradient
+from .gradient import LazyGradient, densely
 from .tensor import GRAPH, LazyLogits, getter
 
 
@@ -19,6 +19,8 @@ def _on_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         lazy = args[0]
         if func is Tensor.register_hook and unsharding(args[1]) is not None:
             lazy.origin.hooks.append(args[1])
+        if func is Tensor.retain_grad:  # numbers, while there are any
+            lazy.register_hook(densely)
         if not lazy.is_edited:
             with no_torch_function():
                 handle = func(*args, **kwargs)
@@ -35,7 +37,11 @@ def _on_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         given = given if isinstance(given, (tuple, list)) else [given]
         kwargs["inputs"] = [node for tensor in given for node in _nodes(tensor)]
     with no_torch_function():
-        if func not in _BACKWARD:  # an attribute
+        if func in _SETTERS:
+            for node in _nodes(args[0]):
+                node.grad = args[1] if len(args) > 1 else None
+            return None
+        if func not in _BACKWARD:  # the gradient
             return _total([_dense(node.grad) for node in _nodes(args[0])])
         return func(*_roots(args), **kwargs)
 
@@ -87,7 +93,8 @@ def _gradients(
 
 
 _HOOKS: set[Callable[..., Any]] = {Tensor.register_hook, Tensor.retain_grad}
+_GRAD: Any = Tensor.grad
 _BACKWARD: set[Callable[..., Any]] = {torch.autograd.backward, Tensor.backward}
-GRAPH.update(
-    dict.fromkeys((*_HOOKS, *_BACKWARD, getter("grad"), torch.autograd.grad), _on_the_graph)
-)
+_SETTERS: set[Callable[..., Any]] = {_GRAD.__set__, _GRAD.__delete__}
+_REST = (getter("grad"), torch.autograd.grad)
+GRAPH.update(dict.fromkeys((*_HOOKS, *_BACKWARD, *_SETTERS, *_REST), _on_the_graph))

@@ -73,9 +73,11 @@ def lazy_linear(
 ) -> LazyLogits:
     """The logits x W^T + b, not made yet."""
     dtype = torch.promote_types(input.dtype, weight.dtype)
-    if autocast_enabled(input.device.type):
+    if autocast_enabled(input.device.type) and dtype != torch.float64:  # left alone
         dtype = torch.get_autocast_dtype(input.device.type)
-    logits = LazyLogits.of(Recipe(input, weight, bias, dtype, weight.shape[0]), watch, options)
+    recipe = Recipe(input, weight, bias, dtype, weight.shape[0])
+    trains = tuple(t is not None and t.requires_grad for t in recipe.tensors)
+    logits = LazyLogits.of(recipe._replace(trains=trains), watch, options)
     if watch is not None:
         watch.begin(logits.origin, training)
     return logits

@@ -90,8 +90,10 @@ def _summed(lazy: LazyLogits, dim: int, keepdim: bool, dtype: torch.dtype | None
     classes, axis, dtype = recipe.classes, recipe.axis, dtype or recipe.dtype
     target = torch.zeros(recipe.features.shape[:-1], dtype=torch.int64, device=lazy.device)
 
+    settings = head_options(lazy)
+
     def fused(recipe: Recipe) -> Tensor:
-        more = dict(head_options(lazy), **options_of(recipe, return_dtype=dtype))
+        more = dict(settings, **options_of(recipe, return_dtype=dtype))
         loss = linear_cross_entropy(
             recipe.features,
             recipe.weight,
@@ -135,9 +137,9 @@ def _argmax(input: LazyLogits, dim: int, keepdim: bool = False) -> Any:
     if not isinstance(dim, int) or not on_classes(input, dim):
         return NotImplemented
     recipe = input.recipe
-    scale, _, shift = recipe.scoring
+    scoring = recipe.scoring()
     classes = recalled(
-        input, "argmax", lambda one: one.scoring[0] * scale > 0 and one.scoring[2] == shift
+        input, "argmax", lambda one: scoring is not None and one.scoring.orders_alike(scoring)
     )
     lost = input.origin.changed()
     if classes is None or (not lost and bool((classes < 0).any())):

@@ -54,7 +54,7 @@ def step_of(act: Callable[..., Tensor], lazy: LazyLogits, **more: Any) -> Step:
 
 
 def _number(value: Any) -> float | None:
-    """A factor that a recipe can hold."""
+    """A factor that a recipe can hold; a tensor's number, for the tensor may be edited."""
     if isinstance(value, Tensor):
         if value.dim() or value.requires_grad or value.device.type != "cpu":
             return None
@@ -76,14 +76,15 @@ def _scaled(lazy: LazyLogits, factor: float | None, act: Callable[[Tensor], Tens
 
 @rule(Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, torch.mul, torch.multiply)
 def _mul(input: LazyLogits, other: Any) -> Any:
-    return _scaled(input, _number(other), lambda z: z * other)
+    factor = _number(other)
+    return _scaled(input, factor, lambda z: z * (factor or 0.0))
 
 
 @rule(Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__)
 @rule(torch.div, torch.divide, torch.true_divide)
 def _div(input: LazyLogits, other: Any) -> Any:
     divisor = _number(other)
-    return _scaled(input, None if divisor is None else 1 / divisor, lambda z: z / other)
+    return _scaled(input, None if divisor is None else 1 / divisor, lambda z: z / (divisor or 1.0))
 
 
 @rule(Tensor.neg, Tensor.negative, Tensor.__neg__, torch.neg, torch.negative)
@@ -111,13 +112,16 @@ def _biased(input: LazyLogits, other: Tensor) -> Any:
         return NotImplemented
     if other.dim() > input.dim():
         return NotImplemented
+    other = other.clone()  # the caller's may be edited
 
     def shifted(shift: Tensor | None, vector: Tensor) -> Tensor:
         return vector.reshape(-1) if shift is None else shift + vector.reshape(-1)
 
     dtype = torch.promote_types(recipe.dtype, other.dtype)
     step = step_of(lambda z, vector: z + vector, input, shift=shifted, extras=(other,))
-    recipe = recipe._replace(shift=shifted(recipe.shift, other), dtype=dtype)
+    trains = (*recipe.trains[:3], recipe.trains[3] or other.requires_grad, *recipe.trains[4:])
+    shift = shifted(recipe.shift, other)
+    recipe = recipe.with_added(other, shift=shift, dtype=dtype, trains=trains)
     return input.copy_by(recipe, step)
 
 
@@ -140,7 +144,11 @@ def _with_adapter(one: LazyLogits, other: LazyLogits) -> Any:
         low = torch.cat([base.low_input, low], -1)
         weight = torch.cat([base.low_weight, weight], -1)
     dtype = torch.promote_types(base.dtype, adapter.dtype)
-    recipe = base._replace(low_input=low, low_weight=weight, dtype=dtype)
+    its = tuple(a or b for a, b in zip(base.trains[4:], adapter.trains[:2], strict=True))
+    trains = (*base.trains[:4], *its)
+    recipe = base.with_added(
+        other.origin, low_input=low, low_weight=weight, dtype=dtype, trains=trains
+    )
     return one.plus(other, recipe, ratio)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...problem.torch_internals import plain
+from ...problem.torch_internals import plain, version_of
 from .gradient import Effects, LazyGradient, Like, densely
 from .recipe import Ambient, Origin, Recipe
 
@@ -220,11 +220,15 @@ class Score(torch.autograd.Function):
         origin: Origin,
         fused: Callable[..., Tensor],
         dense: Callable[[Tensor], Tensor],
+        reads: tuple[Tensor, ...],
     ) -> Tensor:
-        """``fused`` is the score of a recipe, ``dense`` that of the logits themselves."""
-        ctx.recipe, ctx.origin, ctx.fused, ctx.dense = recipe, origin, fused, dense
+        """``fused`` is the score of a recipe, ``dense`` that of the logits; both read ``reads``."""
+        ctx.save_for_backward(*recipe.tensors)  # freed with the graph, and not before
+        ctx.recipe = recipe.holding((None,) * len(recipe.tensors))
+        ctx.origin, ctx.fused, ctx.dense = origin, fused, dense
+        ctx.reads, ctx.versions = reads, [version_of(t) for t in reads]
         ctx.like = Like.of(lazy)
-        ctx.needs = tuple(t is not None and t.requires_grad for t in recipe.tensors)
+        ctx.needs = recipe.trains
 
         def job() -> Tensor:  # here, where the weight is at hand
             with torch.no_grad():
@@ -242,26 +246,43 @@ class Score(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         """The gradient of the logits."""
-        upstream = grad_outputs[0]
+        upstream, needs, origin = grad_outputs[0], ctx.needs, ctx.origin
+        recipe = ctx.recipe.holding(ctx.saved_tensors)
+        fused, dense, reads, versions = ctx.fused, ctx.dense, ctx.reads, ctx.versions
+        first = (ctx.result, ctx.aliases)  # of forward: used once, and made anew after that
+        ctx.result = ctx.aliases = None
 
         def effects() -> Effects:
-            if not torch.is_grad_enabled():
-                return pulled(ctx.result, ctx.aliases, ctx.needs, upstream)
-            aliases = aliased(ctx.recipe.tensors, ctx.needs)
-            return pulled(ctx.fused(ctx.recipe.holding(aliases)), aliases, ctx.needs, upstream)
+            result, aliases = first
+            if torch.is_grad_enabled() or result is None:
+                _check_unread(reads, versions)
+                aliases = aliased(recipe.tensors, needs)
+                with torch.enable_grad():
+                    result = origin.whole("backward", lambda: fused(recipe.holding(aliases)))
+            return pulled(result, aliases, needs, upstream)
 
         def numbers() -> Tensor:
+            _check_unread(reads, versions)
             graph = torch.is_grad_enabled()
-            logits = ctx.origin.whole("backward", ctx.recipe.make)
-            logits = logits if graph else logits.detach()
-            (alias,) = aliased((logits,), (True,))
+            logits = origin.whole("backward", recipe.make)
+            (alias,) = aliased((logits if graph else logits.detach(),), (True,))
             with torch.enable_grad():
-                score = ctx.dense(_certain(alias))
+                score = dense(_certain(alias))
             return _certain(pulled(score, (alias,), (True,), upstream)[0])
 
+        nothing = (None,) * 5
         if not plain(upstream):  # batched: transforms know numbers alone
-            return numbers(), None, None, None, None
-        return LazyGradient.like(ctx.like, effects, numbers), None, None, None, None
+            return numbers(), *nothing
+        return LazyGradient.like(ctx.like, effects, numbers), *nothing
+
+
+def _check_unread(reads: tuple[Tensor, ...], versions: list[int]) -> None:
+    """Raise where a target or a weight of the loss has changed since, as autograd does."""
+    if any(version_of(t) != v for t, v in zip(reads, versions, strict=True)):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            "operation: a target or a weight of a loss of lazy logits"
+        )
 
 
 def aliased(tensors: Effects, needs: tuple[bool, ...]) -> Effects:
@@ -283,9 +304,7 @@ def pulled(result: Tensor, tensors: Effects, needs: tuple[bool, ...], gradient: 
     wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed and t is not None]
     graph = torch.is_grad_enabled()
     found = iter(
-        torch.autograd.grad(
-            result, wanted, gradient, create_graph=graph, retain_graph=True, allow_unused=True
-        )
+        torch.autograd.grad(result, wanted, gradient, create_graph=graph, allow_unused=True)
     )
     return tuple(
         next(found) if needed and t is not None else None

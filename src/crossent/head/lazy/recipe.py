@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends.results import Stats
-from ...problem.torch_internals import autocast_enabled, is_freed, unsharding
+from ...problem.torch_internals import autocast_enabled, is_freed, unsharding, version_of
 from .watch import Forward, Watch
 
 _T = TypeVar("_T")
@@ -71,6 +71,8 @@ class Recipe(NamedTuple):
     sign: int = 0  # 0: logits; else log-probabilities times 1 or -1
     low_input: Tensor | None = None  # u (..., r): an adapter's low-rank part
     low_weight: Tensor | None = None  # B (V, r)
+    added: tuple[tuple[float, object], ...] = ()  # vectors and adapters, and the factor until then
+    trains: tuple[bool, ...] = ()  # which of the tensors had a gradient in the forward
     axis: int = -1  # where the classes are shown; the features' are last
 
     @property
@@ -95,10 +97,18 @@ class Recipe(NamedTuple):
         low = None if self.low_input is None else rows(self.low_input)
         return self._replace(features=rows(self.features), low_input=low)
 
-    @property
-    def scoring(self) -> tuple[float, float | None, int]:
-        """What tells these logits from others of the same rows."""
-        return self.factor * (self.sign or 1), self.cap, id(self.shift)
+    def scoring(
+        self, softcap: float | None = None, logit_scale: float | Tensor = 1.0, **_: Any
+    ) -> Scoring | None:
+        """What tells these logits, as a score maps them, from others of the same rows."""
+        if isinstance(logit_scale, Tensor):
+            return None
+        scale = self.factor * (self.sign or 1) * logit_scale
+        return Scoring(scale, self.cap, softcap, self.added)
+
+    def with_added(self, what: object, **changes: Any) -> Recipe:
+        """Something has been added to the logits."""
+        return self._replace(added=(*self.added, (self.factor, what)), **changes)
 
     def scaled(self, factor: float) -> Recipe | None:
         """The same times a number; None where no recipe says that."""
@@ -145,6 +155,26 @@ class Recipe(NamedTuple):
         return logits.movedim(-1, self.axis)
 
 
+class Scoring(NamedTuple):
+    """Of which logits statistics are."""
+
+    scale: float
+    cap: float | None
+    softcap: float | None
+    added: tuple[tuple[float, object], ...]
+
+    def orders_alike(self, other: Scoring) -> bool:
+        """Whether the most probable classes of one are those of the other."""
+        alike = all(
+            a[0] == b[0] and a[1] is b[1] for a, b in zip(self.added, other.added, strict=False)
+        )
+        return len(self.added) == len(other.added) and alike and self.scale * other.scale > 0
+
+    def is_same(self, other: Scoring) -> bool:
+        """Whether they are of the same logits."""
+        return self.orders_alike(other) and self[:3] == other[:3]
+
+
 _TENSORS = ("features", "weight", "bias", "shift", "low_input", "low_weight")
 
 
@@ -152,14 +182,14 @@ class Learnt(NamedTuple):
     """What a loss has learnt of some rows."""
 
     rows: tuple[Callable[[Tensor], Tensor], ...]
-    scoring: tuple[float, float | None, int]  # scale, cap, number of the shift: of which logits
-    target: Tensor
+    scoring: Scoring
+    target: Tensor | None  # class indices
     stats: Stats
 
     def of(self, name: str) -> Tensor:
         """A statistic of each row, or its target."""
-        values: Tensor = self.target if name == "target" else getattr(self.stats, name)
-        return values
+        values: Any = self.target if name == "target" else getattr(self.stats, name)
+        return cast("Tensor", values)
 
 
 class Origin:
@@ -181,7 +211,7 @@ class Origin:
 
     def _now(self) -> list[int]:
         given = (self.features, self.weight, self.bias)
-        return [t._version if t is not None and not t.is_inference() else 0 for t in given]
+        return [0 if t is None else version_of(t) for t in given]
 
     def changed(self) -> str | None:
         """What has changed since the forward, so that its logits are lost; None: nothing has."""

@@ -152,6 +152,7 @@ def _index_select(input: LazyLogits, dim: int, index: Tensor) -> Any:
     dim = dim % input.dim()
     if not classes_last(input) or dim == input.dim() - 1:
         return NotImplemented
+    index = index.clone()  # the caller's may be edited
     return _moved(input, lambda t: t.index_select(dim, index), copy=True)
 
 
@@ -198,6 +199,7 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
     leading = _leading_index(lazy, index)
     if leading is None:
         return NotImplemented
+    leading = tuple(i.clone() if isinstance(i, Tensor) else i for i in leading)  # may be edited
     by_tensor = any(not isinstance(i, (int, slice)) and i is not None for i in leading)
     return _moved(lazy, lambda t: t[leading], copy=by_tensor)
 

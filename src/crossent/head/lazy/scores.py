@@ -60,15 +60,21 @@ def score(
     lazy: LazyLogits,
     fused: Callable[[Recipe], Tensor],
     dense: Callable[[Tensor], Tensor],
+    *reads: Any,
 ) -> Tensor:
-    """A score of lazy logits, or of log-probabilities; its graph goes through them."""
+    """A score of lazy logits or log-probabilities, whose graph goes through them.
+
+    ``reads`` is what it reads beside them.
+    """
 
     def score(recipe: Recipe) -> Tensor:
         return fused(recipe._replace(sign=0))
 
     if lazy.requires_grad and torch.is_grad_enabled():
         node: Any = Score  # torch leaves apply untyped
-        return cast("Tensor", node.apply(lazy, lazy.recipe, lazy.origin, score, dense))
+        tensors = tuple(t for t in reads if isinstance(t, Tensor))
+        applied = node.apply(lazy, lazy.recipe, lazy.origin, score, dense, tensors)
+        return cast("Tensor", applied)
     with torch.no_grad():
         return lazy.origin.whole("cross_entropy", lambda: score(lazy.recipe))
 
@@ -143,17 +149,18 @@ def fused_loss(
 ) -> tuple[Tensor, Stats]:
     """The loss of a recipe, and its statistics, which are kept."""
     kept: list[Stats] = []
+    settings = dict(options, **head_options(lazy))  # not lazy itself: it would hold its gradient
 
     def fused(recipe: Recipe) -> Tensor:
-        more = dict(options, **head_options(lazy), **options_of(recipe, **maps))
+        more = dict(settings, **options_of(recipe, **maps))
         loss, stats = linear_cross_entropy(
             recipe.features, recipe.weight, target, weight=weight, return_stats=True, **more
         )
         kept.append(stats)
         return cast("Tensor", loss)
 
-    loss = score(lazy, fused, dense)
-    _learn(lazy, target, kept[0])
+    loss = score(lazy, fused, dense, target, weight, *options.values(), *maps.values())
+    _learn(lazy, target, kept[0], maps)
     return loss, kept[0]
 
 
@@ -167,9 +174,12 @@ def _chunks(lazy: LazyLogits) -> dict[str, Any]:
     return {"chunk_rows": lazy.origin.options.get("chunk_rows")}
 
 
-def _learn(lazy: LazyLogits, target: Tensor, stats: Stats) -> None:
+def _learn(lazy: LazyLogits, target: Tensor, stats: Stats, maps: dict[str, Any]) -> None:
     """Keep what the pass of a loss knows of its rows."""
-    lazy.origin.learnt.append(Learnt(lazy.rows, lazy.recipe.scoring, target, stats))
+    scoring = lazy.recipe._replace(sign=0).scoring(**maps)
+    if scoring is not None:
+        indices = None if target.is_floating_point() else target.clone()
+        lazy.origin.learnt.append(Learnt(lazy.rows, scoring, indices, stats))
     if lazy.origin.watch is not None:
         lazy.origin.watch.fused(lazy.origin, "cross_entropy", stats)
 
@@ -217,11 +227,13 @@ def fused_log_prob(
 ) -> Tensor:
     """Log-probabilities of a recipe, classes last."""
 
+    chunks = _chunks(lazy)
+
     def fused(recipe: Recipe) -> Tensor:
-        more = dict(settings, **_chunks(lazy), **options_of(recipe, **maps))
+        more = dict(settings, **chunks, **options_of(recipe, **maps))
         return linear_log_prob(recipe.features, recipe.weight, index, **more)
 
-    values = score(lazy, fused, dense)
+    values = score(lazy, fused, dense, index, *maps.values())
     note(lazy, "log_prob")
     return values
 
@@ -232,7 +244,7 @@ def _entropy(input: LazyLogits, *, dim: int = -1, **options: Any) -> Any:
         return NotImplemented
     backend = options.pop("backend", "auto")
     if not torch.is_grad_enabled() and _plain(options) and input.origin.changed():
-        known = recalled(input, "entropy", lambda one: one.scoring == input.recipe.scoring)
+        known = recalled(input, "entropy", _scored_alike(input))
         if known is not None:
             return known
     return_dtype = options.pop("return_dtype", None)
@@ -240,8 +252,10 @@ def _entropy(input: LazyLogits, *, dim: int = -1, **options: Any) -> Any:
         return NotImplemented
     maps = dict(options, return_dtype=return_dtype)
 
+    chunks = _chunks(input)
+
     def fused(recipe: Recipe) -> Tensor:
-        more = dict(_chunks(input), backend=backend, **options_of(recipe, **maps))
+        more = dict(chunks, backend=backend, **options_of(recipe, **maps))
         return linear_entropy(recipe.features, recipe.weight, **more)
 
     values = score(input, fused, lambda z: entropy(z, dim=dim, backend=backend, **maps))
@@ -266,11 +280,18 @@ def recalled(lazy: LazyLogits, name: str, fits: Callable[[Learnt], bool]) -> Ten
     return None if lazy.is_made else lazy.origin.recall(name, lazy.rows, fits)
 
 
+def _scored_alike(lazy: LazyLogits) -> Callable[[Learnt], bool]:
+    scoring = lazy.recipe.scoring()
+    return lambda one: scoring is not None and one.scoring.is_same(scoring)
+
+
 def _known_log_prob(lazy: LazyLogits, index: Tensor, ignored: int) -> Tensor | None:
     """Log-probabilities of the targets, where a loss has scored these."""
 
+    alike = _scored_alike(lazy)
+
     def fits(one: Learnt) -> bool:
-        return one.scoring == lazy.recipe.scoring and not one.target.is_floating_point()
+        return one.target is not None and alike(one)
 
     target, values = (recalled(lazy, name, fits) for name in ("target", "target_log_prob"))
     if target is None or values is None or target.shape != index.shape:

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.torch_internals import is_view, no_torch_function, uncompiled, without_memory
+from ...problem.torch_internals import (
+    followed,
+    is_view,
+    no_torch_function,
+    transformed,
+    uncompiled,
+    version_of,
+    without_memory,
+)
 from .nodes import RootStep, Step, StepNode, SumNode
 from .recipe import Origin, Recipe
 from .watch import Watch
@@ -96,6 +104,11 @@ class LazyLogits(Tensor):
     def made(self, asker: str = "logits") -> Tensor:
         """The tensor itself, from now on; ``asker`` names who wants it."""
         if self._tensor is None:
+            if transformed():
+                raise RuntimeError(
+                    f"{asker}: lazy logits are made before a transform of torch.func begins, or "
+                    f"not at all; take logits = logits + 0 outside of it"
+                )
             if self.base is not None:
                 tensor = self.base.made(asker)
                 for view in self.views:
@@ -107,7 +120,7 @@ class LazyLogits(Tensor):
                     tensor = real.apply(self, asker)
                 if self.retains_grad:  # torch's follows an edit in place
                     tensor.retain_grad()
-            self._tensor, self._made_version = tensor, tensor._version
+            self._tensor, self._made_version = tensor, version_of(tensor)
             for hook, args, kwargs in self._hooks:
                 hook(tensor, *args, **kwargs)
         return self._tensor
@@ -141,7 +154,7 @@ class LazyLogits(Tensor):
     def is_edited(self) -> bool:
         """Whether this has been made, and edited in place since."""
         root = self.root
-        return root._tensor is not None and root._tensor._version != root._made_version
+        return root._tensor is not None and version_of(root._tensor) != root._made_version
 
     @classmethod
     def __torch_function__(
@@ -189,6 +202,9 @@ def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             return func(*args, **kwargs)
     if func in GRAPH:
         return GRAPH[func](func, args, kwargs)
+    if followed():  # transforms know numbers alone
+        args, kwargs = unwrapped((args, kwargs), _name(func))
+        return func(*args, **kwargs)
     lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
     rule = SCORES.get(func)
     if rule is None and lazy is not None and not lazy.is_made:
