@@ -73,6 +73,20 @@ class StepStats:
         )
 
 
+def inner_model(model: nn.Module) -> Any:
+    """The transformers model itself: without the wrappers of PEFT and torch.compile."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not hasattr(inner, "get_output_embeddings"):
+        module = getattr(inner, "module", None)
+        hint = "; pass model.module" if hasattr(module, "get_output_embeddings") else ""
+        raise TypeError(
+            f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}{hint}"
+        )
+    return inner
+
+
 def auxiliary_weight(model: Any) -> float | None:
     """What a mixture of experts multiplies its auxiliary loss by."""
     config = model.config

@@ -11,23 +11,23 @@ In generation, and for whoever looks at them, they are what they were.
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..functional import cross_entropy
-from ..head.lazy import LazyLogits, Report, Watch
+from ..head.lazy import Report, Watch
 from ..patching import is_running, options_while
 from ..patching import patch as patched_loss
 from ..problem.options import GradientMode
 from . import heads
 from .heads import StepStats
+from .language_model_loss import compute_loss, compute_loss_for
+
+__all__ = ["Patch", "compute_loss", "compute_loss_for", "patch", "unpatch"]
 
 _PATCH = "_crossent_patch"  # where a patched model keeps its patch
 
@@ -136,7 +136,7 @@ def patch(
         1        6 x 50  cross_entropy  -        1.2 KiB
         1 forwards: 1 fused, 0 made; 1.2 KiB of logits never existed
     """
-    inner = _inner(model)
+    inner = heads.inner_model(model)
     if _PATCH in vars(inner):
         raise RuntimeError("model: it is patched already; unpatch(model) first")
     options: dict[str, Any] = {
@@ -165,7 +165,7 @@ def unpatch(model: nn.Module) -> None:
 
     Adapters may have been added, merged or taken away meanwhile.
     """
-    inner = _inner(model)
+    inner = heads.inner_model(model)
     for root in {model, inner}:
         heads.become_plain(root)
     patched = vars(inner).pop(_PATCH, None)
@@ -190,113 +190,3 @@ def _leave(inner: nn.Module, inputs: Any, output: Any) -> None:
     patched = vars(inner).get(_PATCH)
     if patched is not None and not torch.compiler.is_compiling():
         patched.leave(sys._getframe(1))
-
-
-def _inner(model: nn.Module) -> Any:
-    """The transformers model itself: without the wrappers of PEFT and torch.compile."""
-    inner: Any = getattr(model, "_orig_mod", model)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    if not hasattr(inner, "get_output_embeddings"):
-        module = getattr(inner, "module", None)
-        hint = "; pass model.module" if hasattr(module, "get_output_embeddings") else ""
-        raise TypeError(
-            f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}{hint}"
-        )
-    return inner
-
-
-def compute_loss_for(model: nn.Module) -> Callable[..., Tensor]:
-    """:func:`compute_loss` with what only the model knows, for ``Trainer(compute_loss_func=...)``.
-
-    That is whether its labels are shifted, and the weight of a mixture's auxiliary loss.
-
-    Example:
-        >>> import pytest
-        >>> transformers = pytest.importorskip("transformers")
-        >>> config = transformers.T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=1)
-        >>> model = transformers.T5ForConditionalGeneration(config)
-        >>> compute_loss_for(model).keywords
-        {'shift': False, 'auxiliary_weight': None}
-    """
-    inner = _inner(model)
-    kind = type(inner).__name__
-    shifted = not inner.config.is_encoder_decoder and "MaskedLM" not in kind
-    weight = heads.auxiliary_weight(inner)
-    return functools.partial(compute_loss, shift=shifted, auxiliary_weight=weight)
-
-
-def compute_loss(
-    outputs: Any,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    *,
-    shift: bool | None = None,
-    auxiliary_weight: float | None = None,
-) -> Tensor:
-    r"""The language-model loss for ``Trainer(compute_loss_func=...)``, exact under accumulation.
-
-    .. math:: \frac{1}{n} \sum_i -\log p_{i, t_{i + 1}} + w \, \text{aux}
-
-    in nats, float32; n is ``num_items_in_batch``, or the number of labels that count. Of a patched
-    model the logits are never made.
-
-    Args:
-        outputs: what the model returned; its logits are (B, T, V).
-        labels: (B, T), -100 where nothing is to be predicted.
-        num_items_in_batch: how many labels count in all batches of an optimizer step.
-        shift_labels: labels that are shifted already; then ``labels`` are not read.
-        shift: whether row i predicts label i + 1; None: unless the outputs are those of an
-            encoder-decoder or a masked model.
-        auxiliary_weight: w, the weight of a mixture's auxiliary loss (``router_aux_loss_coef``);
-            None: that of a patched model.
-
-    Raises:
-        ValueError: the outputs hold an auxiliary loss whose weight is not known.
-    """
-    logits = _entry(outputs, "logits")
-    if shift_labels is not None:
-        labels, shift = shift_labels, False
-    elif shift is None:
-        shift = _is_shifted(outputs)
-    loss = cross_entropy(
-        logits,
-        labels.to(logits.device),
-        dim=-1,
-        shift=int(shift),
-        denominator=num_items_in_batch,
-        return_dtype=torch.float32,
-    )
-    auxiliary = _entry(outputs, "aux_loss")
-    if auxiliary is None:
-        return loss
-    if auxiliary_weight is None and isinstance(logits, LazyLogits) and logits.origin.watch:
-        auxiliary_weight = logits.origin.watch.auxiliary_weight
-    if auxiliary_weight is None:
-        raise ValueError(
-            "outputs: they hold an aux_loss, whose weight is in the model's config; take "
-            "compute_loss_for(model), or give auxiliary_weight="
-        )
-    return loss + auxiliary_weight * cast("Tensor", auxiliary).to(loss.device)
-
-
-def _is_shifted(outputs: Any) -> bool:
-    """Whether a model with such outputs predicts the next label."""
-    if _entry(outputs, "encoder_last_hidden_state") is not None:
-        return False
-    return not type(outputs).__name__.startswith(("Masked", "Seq2Seq"))
-
-
-def _entry(outputs: Any, name: str) -> Any:
-    """A named output of a model; of a plain tuple only the logits can be told."""
-    if isinstance(outputs, dict):
-        return outputs.get(name)
-    if isinstance(outputs, tuple) and not hasattr(outputs, "_fields"):
-        if name != "logits":
-            return None
-        found = [t for t in outputs if isinstance(t, Tensor) and t.dim() and t.is_floating_point()]
-        if not found:
-            raise TypeError("outputs: expected logits in the tuple, got none")
-        return found[0]
-    return getattr(outputs, name, None)

@@ -11,7 +11,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version as increment_version
 
 _T = TypeVar("_T", bound=Tensor)
-_F = TypeVar("_F", bound=Callable[..., Any])
 _keys, _tracing_state = torch._C._dispatch_keys, torch._C._get_tracing_state
 is_view = Tensor._is_view  # what __torch_function__ is given for it
 _BACKENDS = ("CPU", "CUDA", "XPU", "MPS")  # numbers in memory of their own
@@ -182,10 +181,8 @@ def no_torch_function() -> AbstractContextManager[None]:
     return guard
 
 
-def uncompiled(function: _F) -> _F:
-    """The same outside of every graph: torch.compile ends one before it."""
-    disable: Any = torch.compiler.disable  # torch leaves it untyped
-    return cast("_F", disable(function))
+#: Functions that no graph of torch.compile holds, by name; as they are until something is compiled.
+outside_graphs: dict[str, Callable[..., Any]] = {}
 
 
 def _graph_is_whole() -> bool:
@@ -193,13 +190,19 @@ def _graph_is_whole() -> bool:
     try:
         translator = importlib.import_module("torch._dynamo.symbolic_convert")
         trace = translator.InstructionTranslator.current_tx()
-        return bool(trace.one_graph or trace.error_on_graph_break)
+        whole = bool(trace.one_graph or trace.error_on_graph_break)
+        for name, function in outside_graphs.items():
+            if not hasattr(function, "_torchdynamo_disable"):
+                outside_graphs[name] = torch.compiler.disable(function)
+        return whole
     except Exception:  # no dynamo, or another one: what was asked for stays in the graph
         return True
 
 
-_constant: Any = torch.compiler.assume_constant_result  # torch leaves it untyped
-graph_is_whole: Callable[[], bool] = _constant(_graph_is_whole)
+# What torch.compiler.assume_constant_result does, which loads all of torch._dynamo: while a graph
+# is traced, the question is answered once, in Python.
+_graph_is_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
+graph_is_whole: Callable[[], bool] = _graph_is_whole
 
 
 def without_memory(kind: type[_T], like: Tensor, dtype: torch.dtype, device: torch.device) -> _T:

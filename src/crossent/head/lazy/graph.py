@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...problem.torch_internals import no_torch_function, unsharding
+from .attributes import getter
 from .gradient import LazyGradient, densely
-from .tensor import GRAPH, LazyLogits, getter
+from .tensor import GRAPH, LazyLogits
 
 
 def _on_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

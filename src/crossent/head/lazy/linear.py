@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...problem.torch_internals import autocast_enabled, graph_is_whole, plain, uncompiled
+from ...problem.torch_internals import autocast_enabled, graph_is_whole, outside_graphs, plain
 from .recipe import Recipe
 from .tensor import LazyLogits
 from .watch import Watch
@@ -33,7 +33,7 @@ class LazyHead(nn.Linear):
             self._job()
             return input.new_empty(0)  # what hooks do to an output is not for the job's result
         if torch.compiler.is_compiling() and not graph_is_whole():
-            return _uncompiled(self, input)
+            return outside_graphs["head"](self, input)  # type: ignore[no-any-return]
         training = self.training and torch.is_grad_enabled()
         if not (training or self.evaluation) or not plain(input, self.weight, self.bias):
             return super().forward(input)
@@ -60,7 +60,7 @@ def _eagerly(head: LazyHead, input: Tensor) -> Tensor:
     return head.forward(input)
 
 
-_uncompiled = uncompiled(_eagerly)
+outside_graphs["head"] = _eagerly
 
 
 def lazy_linear(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...backends.reduction import legacy_reduction
 from ..functional import linear_cross_entropy
 from .maps import rule, step_of
+from .recall import recalled
 from .recipe import Recipe
 from .scores import (
     differentiates,
@@ -21,7 +22,6 @@ from .scores import (
     note,
     on_classes,
     options_of,
-    recalled,
     score,
 )
 from .tensor import LazyLogits

@@ -19,8 +19,9 @@ from ...patching import cross_entropy as torchs_cross_entropy
 from ...problem.options import Options
 from ..functional import linear_cross_entropy
 from ..row_values import linear_entropy, linear_log_prob
-from .nodes import Score
+from .recall import known_log_prob, plain, recalled, scored_alike
 from .recipe import Learnt, Recipe
+from .score_node import Score
 from .tensor import SCORES, LazyLogits, unwrapped
 
 _HEADS = ("gradient_tolerance", "gradient_mode", "chunk_rows")  # options that only a head has
@@ -198,8 +199,8 @@ def _log_prob(input: LazyLogits, index: Tensor, *, dim: int = -1, **options: Any
     if not isinstance(input, LazyLogits) or input.recipe.sign:
         return NotImplemented
     ignored, backend = options.pop("ignore_index", -100), options.pop("backend", "auto")
-    if not torch.is_grad_enabled() and _plain(options) and input.origin.changed():
-        known = _known_log_prob(input, index, ignored)
+    if not torch.is_grad_enabled() and plain(options) and input.origin.changed():
+        known = known_log_prob(input, index, ignored)
         if known is not None:
             return known
     return_dtype = options.pop("return_dtype", None)
@@ -243,8 +244,8 @@ def _entropy(input: LazyLogits, *, dim: int = -1, **options: Any) -> Any:
     if not isinstance(input, LazyLogits) or input.recipe.sign:
         return NotImplemented
     backend = options.pop("backend", "auto")
-    if not torch.is_grad_enabled() and _plain(options) and input.origin.changed():
-        known = recalled(input, "entropy", _scored_alike(input))
+    if not torch.is_grad_enabled() and plain(options) and input.origin.changed():
+        known = recalled(input, "entropy", scored_alike(input))
         if known is not None:
             return known
     return_dtype = options.pop("return_dtype", None)
@@ -267,39 +268,6 @@ def note(lazy: LazyLogits, what: str) -> None:
     """Tell the watch of a score that was computed without logits."""
     if lazy.origin.watch is not None:
         lazy.origin.watch.fused(lazy.origin, what)
-
-
-def _plain(options: dict[str, Any]) -> bool:
-    """Whether these are the logits that the loss has scored."""
-    default = Options._field_defaults
-    return all(v == default.get(k) for k, v in options.items() if not isinstance(v, Tensor))
-
-
-def recalled(lazy: LazyLogits, name: str, fits: Callable[[Learnt], bool]) -> Tensor | None:
-    """A statistic that a loss has left of these rows, if one has."""
-    return None if lazy.is_made else lazy.origin.recall(name, lazy.rows, fits)
-
-
-def _scored_alike(lazy: LazyLogits) -> Callable[[Learnt], bool]:
-    scoring = lazy.recipe.scoring()
-    return lambda one: scoring is not None and one.scoring.is_same(scoring)
-
-
-def _known_log_prob(lazy: LazyLogits, index: Tensor, ignored: int) -> Tensor | None:
-    """Log-probabilities of the targets, where a loss has scored these."""
-
-    alike = _scored_alike(lazy)
-
-    def fits(one: Learnt) -> bool:
-        return one.target is not None and alike(one)
-
-    target, values = (recalled(lazy, name, fits) for name in ("target", "target_log_prob"))
-    if target is None or values is None or target.shape != index.shape:
-        return None
-    skipped = index == ignored
-    if not bool(((target == index) | skipped).all()):
-        return None
-    return values.masked_fill(skipped, 0.0)
 
 
 SCORES.update(

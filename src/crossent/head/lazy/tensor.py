@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ...problem.torch_internals import (
     followed,
-    is_view,
     no_torch_function,
+    outside_graphs,
     transformed,
-    uncompiled,
     version_of,
     without_memory,
 )
+from .attributes import ABOUT, name_of
 from .nodes import RootStep, Step, StepNode, SumNode
 from .recipe import Origin, Recipe
 from .watch import Watch
@@ -166,8 +166,9 @@ class LazyLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         # No graph holds lazy logits: between two graphs, what is done to them is done as ever.
-        call = _uncompiled if torch.compiler.is_compiling() else _called
-        return call(func, args, kwargs)
+        if torch.compiler.is_compiling():
+            return outside_graphs["torch_function"](func, args, kwargs)
+        return _called(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -197,13 +198,13 @@ class LazyLogits(Tensor):
 
 def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function of torch, or of ours, that was given lazy logits."""
-    if func in _ABOUT:  # shape, dtype, device, ...
+    if func in ABOUT:  # shape, dtype, device, ...
         with no_torch_function():
             return func(*args, **kwargs)
     if func in GRAPH:
         return GRAPH[func](func, args, kwargs)
     if followed():  # transforms know numbers alone
-        args, kwargs = unwrapped((args, kwargs), _name(func))
+        args, kwargs = unwrapped((args, kwargs), name_of(func))
         return func(*args, **kwargs)
     lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
     rule = SCORES.get(func)
@@ -213,12 +214,12 @@ def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         result = rule(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    args, kwargs = unwrapped((args, kwargs), _name(func))
+    args, kwargs = unwrapped((args, kwargs), name_of(func))
     made = func(*args, **kwargs)
     return lazy if lazy is not None and made is lazy._tensor else made
 
 
-_uncompiled = uncompiled(_called)
+outside_graphs["torch_function"] = _called
 
 
 def unwrapped(value: Any, asker: str, detached: bool = False) -> Any:
@@ -270,32 +271,3 @@ def _filled(
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
-
-
-def _name(func: Callable[..., Any]) -> str:
-    """An operation as its caller would write it."""
-    name = getattr(func, "__name__", str(func))
-    if name in ("__get__", "__set__"):
-        owner: Any = getattr(func, "__self__", None)
-        return f"logits.{getattr(owner, '__name__', 'attribute')}"
-    return f"logits.{name}" if getattr(func, "__objclass__", None) is not None else name
-
-
-def getter(name: str) -> Any:
-    """What __torch_function__ is given for an attribute of tensors."""
-    return getattr(Tensor, name).__get__
-
-
-_ATTRIBUTES = """
-    shape dtype device ndim layout itemsize nbytes requires_grad is_leaf grad_fn retains_grad
-    output_nr name is_cuda is_cpu is_xpu is_mps is_xla is_meta is_sparse is_sparse_csr is_mkldnn
-    is_quantized is_nested _base _version _backward_hooks
-"""
-_ABOUT = {
-    *map(getter, _ATTRIBUTES.split()),
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__),
-    *(torch.is_floating_point, torch.is_complex, torch.numel),
-    *(Tensor.get_device, Tensor.is_inference, Tensor.is_contiguous, Tensor.stride),
-    *(is_view, Tensor.is_same_size),
-}

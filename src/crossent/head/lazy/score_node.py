@@ -1,0 +1,90 @@
+"""A score of lazy logits in autograd's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem.torch_internals import plain, version_of
+from .gradient import Effects, LazyGradient, Like
+from .pull import aliased, certain, pulled
+from .recipe import Origin, Recipe
+
+
+class Score(torch.autograd.Function):
+    """A loss, or the like, of lazy logits: forward by the fused head, back by a lazy gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lazy: Tensor,
+        recipe: Recipe,
+        origin: Origin,
+        fused: Callable[..., Tensor],
+        dense: Callable[[Tensor], Tensor],
+        reads: tuple[Tensor, ...],
+    ) -> Tensor:
+        """``fused`` is the score of a recipe, ``dense`` that of the logits; both read ``reads``."""
+        ctx.save_for_backward(*recipe.tensors)  # freed with the graph, and not before
+        ctx.recipe = recipe.holding((None,) * len(recipe.tensors))
+        ctx.origin, ctx.fused, ctx.dense = origin, fused, dense
+        ctx.reads, ctx.versions = reads, [version_of(t) for t in reads]
+        ctx.like = Like.of(lazy)
+        ctx.needs = recipe.trains
+
+        def job() -> Tensor:  # here, where the weight is at hand
+            with torch.no_grad():
+                ctx.aliases = tuple(
+                    None if t is None else t.detach().requires_grad_(n)
+                    for t, n in zip(recipe.tensors, ctx.needs, strict=True)
+                )
+            with torch.enable_grad():
+                return fused(recipe.holding(ctx.aliases))
+
+        ctx.result = origin.whole("cross_entropy", job)
+        result: Tensor = ctx.result.detach().clone()  # no view: it may be edited
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        """The gradient of the logits."""
+        upstream, needs, origin = grad_outputs[0], ctx.needs, ctx.origin
+        recipe = ctx.recipe.holding(ctx.saved_tensors)
+        fused, dense, reads, versions = ctx.fused, ctx.dense, ctx.reads, ctx.versions
+        first = (ctx.result, ctx.aliases)  # of forward: used once, and made anew after that
+        ctx.result = ctx.aliases = None
+
+        def effects() -> Effects:
+            result, aliases = first
+            if torch.is_grad_enabled() or result is None:
+                _check_unread(reads, versions)
+                aliases = aliased(recipe.tensors, needs)
+                with torch.enable_grad():
+                    result = origin.whole("backward", lambda: fused(recipe.holding(aliases)))
+            return pulled(result, aliases, needs, upstream)
+
+        def numbers() -> Tensor:
+            _check_unread(reads, versions)
+            graph = torch.is_grad_enabled()
+            logits = origin.whole("backward", recipe.make)
+            (alias,) = aliased((logits if graph else logits.detach(),), (True,))
+            with torch.enable_grad():
+                score = dense(certain(alias))
+            return certain(pulled(score, (alias,), (True,), upstream)[0])
+
+        nothing = (None,) * 5
+        if not plain(upstream):  # batched: transforms know numbers alone
+            return numbers(), *nothing
+        return LazyGradient.like(ctx.like, effects, numbers), *nothing
+
+
+def _check_unread(reads: tuple[Tensor, ...], versions: list[int]) -> None:
+    """Raise where a target or a weight of the loss has changed since, as autograd does."""
+    if any(version_of(t) != v for t, v in zip(reads, versions, strict=True)):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            "operation: a target or a weight of a loss of lazy logits"
+        )
