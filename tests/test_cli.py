@@ -20,7 +20,7 @@ def test_note_prints_the_notes_numbers_beside_torchs():
     assert result.exit_code == 0
     assert "losses 3.5634 0.8047 1.9925 0.5534 1.2222 6.6298" in result.output
     assert "mean   2.4610" in result.output
-    for expression in ("torch.softmax(z, 1)", "F.cross_entropy(z, target)", "o[range(N), target]"):
+    for expression in ("torch.softmax(z, 1)", "F.cross_entropy(z, target)", "p[range(N), target]"):
         assert expression in result.output
     assert result.output.count("6.6298") == 3  # ours, torch's, the line of losses
 

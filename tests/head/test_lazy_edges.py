@@ -189,3 +189,64 @@ def test_transforms_want_logits_that_are_there(head, features):
         for y in (ready, plainly(head, features))
     ]
     torch.testing.assert_close(*results)
+
+
+SECOND = {
+    "a made use beside a fused one": lambda z: F.cross_entropy(z, TARGET) + z.pow(3).mean(),
+    "two scales": lambda z: F.cross_entropy(3 * z, TARGET) + (2 * z).pow(3).mean(),
+    "a cap": lambda z: F.cross_entropy(torch.tanh(z / 2) * 2, TARGET),
+    "log-probabilities": lambda z: -(z * 2).log_softmax(-1)[:9].gather(-1, TARGET[:9, None]).sum(),
+}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("name", SECOND)
+def test_second_order_goes_through_the_logits(head, features, name, hooked):
+    leaves, results = (features, head.weight, head.bias), []
+    for lazy in (False, True):
+        z = head(features) if lazy else plainly(head, features)
+        if hooked:
+            z.register_hook(lambda g: g * 2)
+        gx, gw = torch.autograd.grad(SECOND[name](z), (features, head.weight), create_graph=True)
+        results.append((gx, torch.autograd.grad(gx.square().sum() + gw.square().sum(), leaves)))
+    torch.testing.assert_close(*results)
+
+
+def test_second_order_after_an_edit(head, features):
+    leaves, results = (features, head.weight), []
+    for lazy in (False, True):
+        z = head(features) if lazy else plainly(head, features)
+        loss = F.cross_entropy(z, TARGET)
+        y = z.mul(2)
+        loss = loss + F.cross_entropy(y, TARGET)
+        y.mul_(3)
+        loss = loss + F.cross_entropy(y, TARGET)
+        (gx,) = torch.autograd.grad(loss, features, create_graph=True)
+        results.append(torch.autograd.grad(gx.square().sum(), leaves))
+    torch.testing.assert_close(*results)
+
+
+def test_gradients_of_gradients_by_the_logits(head, features):
+    results = []
+    for lazy in (False, True):
+        z = head(features) if lazy else plainly(head, features)
+        (g,) = torch.autograd.grad(F.cross_entropy(z, TARGET), z, create_graph=True)
+        results.append(torch.autograd.grad(g.pow(2).sum(), (z, features)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_autocast_is_that_of_the_forward_in_backward_too(hooked):
+    torch.manual_seed(0)
+    head, body = LazyLinear(6, V), torch.nn.Linear(6, 6)
+    features, results = torch.randn(24, 6), []
+    for lazy in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = body(features)
+            z = head(hidden) if lazy else plainly(head, hidden)
+            y = z.float()
+            if hooked:
+                z.register_hook(lambda g: g * 2)
+            loss = F.cross_entropy(y, TARGET) + y.pow(2).mean()
+        results.append(torch.autograd.grad(loss, (head.weight, body.weight)))
+    torch.testing.assert_close(*results, rtol=5e-2, atol=5e-3)

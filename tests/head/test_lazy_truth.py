@@ -176,6 +176,7 @@ def test_a_hook_that_only_listens_makes_nothing(head, features):
     assert not made(head)
 
 
+@pytest.mark.filterwarnings("ignore::crossent.MadeLogitsWarning")
 def test_second_order(head, features):
     def penalty(z):
         loss = F.cross_entropy((z * 2 + torch.linspace(0, 1, V)).view(-1, V), TARGET.view(-1))

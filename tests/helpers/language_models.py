@@ -28,7 +28,7 @@ def model_of(kind="LlamaForCausalLM", **more):
     if "Mixtral" in kind:
         small |= {"num_local_experts": 2, "num_key_value_heads": 2, "output_router_logits": True}
     cls = getattr(transformers, kind)
-    model = cls(cls.config_class(**small, **more)).train()
+    model = cls(cls.config_class(**small | more)).train()
     for parameter in model.parameters():
         parameter.data.mul_(3)
     return model

@@ -116,3 +116,24 @@ def test_copies_are_patched_and_unpatched_on_their_own(batch):
     assert type(copied.lm_head) is torch.nn.Linear
     assert not copied._forward_hooks
     assert F.cross_entropy is not crossent.patching.cross_entropy
+
+
+def test_layers_as_wide_as_the_vocabulary_are_no_heads(batch):
+    model = model_of(intermediate_size=V + 1, vocab_size=V + 1)
+    before = step(model, batch)
+    with huggingface.patch(model) as patched:
+        torch.testing.assert_close(step(model, batch), before, rtol=1e-4, atol=1e-6)
+        report = patched.report()
+        assert (report.fused, report.made) == (1, 0)
+
+
+def test_saved_whole_and_loaded(batch, tmp_path):
+    model = model_of()
+    huggingface.patch(model)
+    before = step(model, batch)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(step(loaded, batch), before)
+    assert loaded.lm_head.watch.report().fused == 2
+    huggingface.unpatch(loaded)
+    assert type(loaded.lm_head) is torch.nn.Linear

@@ -99,11 +99,21 @@ def auxiliary_weight(model: Any) -> float | None:
 
 
 def _linears(model: Any) -> Iterator[Any]:
-    """The linear layers that may make logits: as wide as the vocabulary, or the head itself."""
+    """The linear layers that make logits.
+
+    Those of the output head that the model names, an adapter's among them; where it names none,
+    those as wide as a vocabulary outside of its repeated layers.
+    """
     head = model.get_output_embeddings()
+    inside = [] if head is None else [m for m in head.modules() if isinstance(m, nn.Linear)]
+    if inside:
+        width = max(module.out_features for module in inside)
+        yield from (m for m in inside if m is head or m.out_features == width)
+        return
     widths = _vocabularies(model.config)
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and (module is head or module.weight.shape[0] in widths):
+    for name, module in model.named_modules():
+        repeated = any(part.isdigit() for part in name.split("."))
+        if isinstance(module, nn.Linear) and module.out_features in widths and not repeated:
             yield module
 
 
@@ -150,10 +160,6 @@ def _rebased(kind: type, old: type, new: type) -> type | None:
 
 def become_lazy(model: Any, watch: Watch, options: dict[str, Any], evaluation: bool) -> None:
     """Make the heads lazy that are not: all at first, later those that are new."""
-    head = model.get_output_embeddings()
-    known = model.__dict__.get("_crossent_head")
-    if known is not None and known() is head:
-        return
     for module in _linears(model):
         kind = _lazy_class(type(module))
         if kind is None:
@@ -163,13 +169,10 @@ def become_lazy(model: Any, watch: Watch, options: dict[str, Any], evaluation: b
         module.watch, module.loss_options, module.evaluation = watch, options, evaluation
         if "_old_forward" in vars(module):  # accelerate's hooks call this one
             vars(module)["_old_forward"] = types.MethodType(LazyHead.forward, module)
-    if head is not None:
-        model.__dict__["_crossent_head"] = weakref.ref(head)
 
 
 def become_plain(model: nn.Module) -> None:
     """Take back :func:`become_lazy`, wherever the heads are by now."""
-    model.__dict__.pop("_crossent_head", None)
     for module in model.modules():
         if not isinstance(module, LazyHead):
             continue

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ class Patch:
     def __init__(self, model: nn.Module, evaluation: bool, options: dict[str, Any]) -> None:
         self.model, self.watch, self.evaluation = model, Watch(), evaluation
         self.options = {name: value for name, value in options.items() if value is not None}
+        self.head: nn.Module | None = None  # the output head when it was last seen
         self._open: list[tuple[int, FrameType, patched_loss]] = []  # forwards of threads
 
     def report(self) -> Report:
@@ -63,7 +64,10 @@ class Patch:
 
     def enter(self, inner: nn.Module, call: FrameType) -> None:
         """A forward begins: heads that are new become lazy, losses are ours."""
-        heads.become_lazy(inner, self.watch, self.options, self.evaluation)
+        head = cast("Any", inner).get_output_embeddings()
+        if head is not self.head:  # resized, or with an adapter
+            heads.become_lazy(inner, self.watch, self.options, self.evaluation)
+            self.head = head
         self.leave()  # those that nobody has told of a KeyboardInterrupt
         self._open.append((threading.get_ident(), call, patched_loss()))
         if inner.training:
@@ -154,6 +158,7 @@ def patch(
     vars(inner)[_PATCH] = patched
     inner.crossent_stats = StepStats(patched.watch)
     heads.become_lazy(inner, patched.watch, patched.options, patched.evaluation)
+    patched.head = inner.get_output_embeddings()
     inner.register_forward_pre_hook(_enter)
     inner.register_forward_hook(_leave, always_call=True)
     heads.smoothers.add(inner)

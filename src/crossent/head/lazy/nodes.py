@@ -59,7 +59,7 @@ class StepNode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        lazy: Tensor,
+        lazy: Any,
         recipe: Recipe,
         step: Step,
         origin: Origin,
@@ -68,7 +68,7 @@ class StepNode(torch.autograd.Function):
     ) -> Tensor:
         """A tensor without memory."""
         ctx.recipe, ctx.step, ctx.origin = recipe, step, origin
-        ctx.like = Like.of(lazy)
+        ctx.like, ctx.lazy = Like.of(lazy), lazy
         return empty()
 
     @staticmethod
@@ -79,11 +79,11 @@ class StepNode(torch.autograd.Function):
         nothing = (None, None, None, None)
 
         def numbers() -> Effects:
-            above = densely(gradient)
-            found: Effects = ctx.origin.whole(
-                "backward", lambda: _pulled_by_numbers(recipe, step, above, (True, *needs))
-            )
-            return found
+            if torch.is_grad_enabled():  # whose own graph goes through the logits, and their hooks
+                logits = ctx.lazy.afresh("backward(create_graph=True)")
+            else:
+                logits = ctx.origin.remade(recipe)
+            return _pulled_by_numbers(logits, step, densely(gradient), (True, *needs))
 
         if not (isinstance(gradient, LazyGradient) and gradient.is_lazy):
             before, *more = numbers()
@@ -97,12 +97,9 @@ class StepNode(torch.autograd.Function):
 
 
 def _pulled_by_numbers(
-    recipe: Recipe, step: Step, gradient: Tensor, needs: tuple[bool, ...]
+    logits: Tensor, step: Step, gradient: Tensor, needs: tuple[bool, ...]
 ) -> Effects:
     """The gradients of a step's arguments from that of its result."""
-    graph = torch.is_grad_enabled()
-    with torch.set_grad_enabled(graph):
-        logits = recipe.make() if graph else recipe.make().detach()
     arguments = aliased((logits, *step.extras), (True, *needs[1:]))
     with step.ambient._replace(grad=True).again():
         result = step.act(*arguments)

@@ -248,6 +248,11 @@ class Origin:
             # ZeRO-3 and its like fetch the weight around the module's forward.
             return self.head.run(self.features, job)
 
+    def remade(self, recipe: Recipe) -> Tensor:
+        """The numbers once more, as they came about in the forward, and no graph."""
+        with self.ambient._replace(grad=False).again():
+            return self.whole("backward", recipe.make)
+
     def row_numbers(self, rows: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor:
         """Which rows of this forward those are that ``rows`` make of them."""
         numbers = torch.arange(self.shape.numel(), device=self.features.device)

@@ -20,7 +20,7 @@ class Score(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        lazy: Tensor,
+        lazy: Any,
         recipe: Recipe,
         origin: Origin,
         fused: Callable[..., Tensor],
@@ -32,7 +32,7 @@ class Score(torch.autograd.Function):
         ctx.recipe = recipe.holding((None,) * len(recipe.tensors))
         ctx.origin, ctx.fused, ctx.dense = origin, fused, dense
         ctx.reads, ctx.versions = reads, [version_of(t) for t in reads]
-        ctx.like = Like.of(lazy)
+        ctx.like, ctx.lazy = Like.of(lazy), lazy
         ctx.needs = recipe.trains
 
         def job() -> Tensor:  # here, where the weight is at hand
@@ -59,7 +59,7 @@ class Score(torch.autograd.Function):
 
         def effects() -> Effects:
             result, aliases = first
-            if torch.is_grad_enabled() or result is None:
+            if result is None:
                 _check_unread(reads, versions)
                 aliases = aliased(recipe.tensors, needs)
                 with torch.enable_grad():
@@ -68,15 +68,17 @@ class Score(torch.autograd.Function):
 
         def numbers() -> Tensor:
             _check_unread(reads, versions)
-            graph = torch.is_grad_enabled()
-            logits = origin.whole("backward", recipe.make)
-            (alias,) = aliased((logits if graph else logits.detach(),), (True,))
+            if torch.is_grad_enabled():  # whose own graph goes through the logits, and their hooks
+                logits = ctx.lazy.afresh("backward(create_graph=True)")
+            else:
+                logits = origin.remade(recipe)
+            (alias,) = aliased((logits,), (True,))
             with torch.enable_grad():
                 score = dense(certain(alias))
             return certain(pulled(score, (alias,), (True,), upstream)[0])
 
         nothing = (None,) * 5
-        if not plain(upstream):  # batched: transforms know numbers alone
+        if torch.is_grad_enabled() or not plain(upstream):  # batched: numbers alone
             return numbers(), *nothing
         return LazyGradient.like(ctx.like, effects, numbers), *nothing
 

@@ -125,6 +125,13 @@ class LazyLogits(Tensor):
                 hook(tensor, *args, **kwargs)
         return self._tensor
 
+    def afresh(self, asker: str) -> Tensor:
+        """The tensor as it was before any edit; what is done to it goes on from here."""
+        real: Any = _Real  # torch leaves apply untyped
+        with torch.enable_grad():
+            tensor: Tensor = real.apply(self, asker)
+        return tensor
+
     @torch.no_grad()
     def numbers(self, asker: str) -> Tensor:
         """Fresh memory with what this holds if nobody has edited it."""
