@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 def on_processes(function: Callable[..., Any], *args: Any, processes: int = 2) -> list[Any]:
     """``function(*args)`` on each rank of a group: what each returned, by rank.
 
-    The function has to be importable. A rank that hangs ends after 20 s, with the others.
+    The function has to be importable. A rank that hangs ends after 2 minutes, with the others.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (processes, folder, function, args), nprocs=processes)
@@ -34,7 +34,7 @@ def _rank(
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=processes,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=120),
     )
     torch.save(function(*args), Path(folder, str(rank)))
     dist.destroy_process_group()

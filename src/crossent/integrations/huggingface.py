@@ -104,7 +104,8 @@ def patch(
     Language models (causal, masked, sequence to sequence, with images or speech) take the fused
     head where the output head is a linear layer; the losses of other models (sequence and token
     classification, ...) are computed by :func:`crossent.cross_entropy`. Weights, ``state_dict``
-    and ``save_pretrained`` stay as they are. A compiled model keeps its logits.
+    and ``save_pretrained`` stay as they are. Adapters on the head, DDP, FSDP and ZeRO-3 are served;
+    torch.compile ends its graph before the head, or with ``fullgraph`` keeps the logits in it.
 
     Where a training step needs the logits themselves, it makes them, and one
     :class:`crossent.MadeLogitsWarning` names the operation, its line and the fix.

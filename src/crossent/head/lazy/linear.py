@@ -36,6 +36,9 @@ class LazyHead(nn.Linear):
             return outside_graphs["head"](self, input)  # type: ignore[no-any-return]
         training = self.training and torch.is_grad_enabled()
         if not (training or self.evaluation) or not plain(input, self.weight, self.bias):
+            kind = type(self.weight)
+            if training and self.watch is not None and kind not in (Tensor, nn.Parameter):
+                self.watch.not_lazy(f"the weight of the output head is a {kind.__name__}")
             return super().forward(input)
         options = self.loss_options or {}
         if not training:  # a loss that is evaluated is the bare one

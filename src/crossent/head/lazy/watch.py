@@ -84,6 +84,16 @@ class Watch:
                 MadeLogitsWarning,
             )
 
+    def not_lazy(self, reason: str) -> None:
+        """A head has kept its logits, as tensor-parallel ones do."""
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"{reason}: its logits are made, and no memory is saved; a head that is split "
+                f"over processes by vocabulary is not fused. Said once",
+                MadeLogitsWarning,
+            )
+
     def report(self) -> Report:
         """What became of the logits of each forward, the latest thousand."""
         return Report(tuple(self.forwards))
