@@ -13,6 +13,10 @@ from crossent.head.lazy import LazyHead
 from crossent.integrations import huggingface
 
 pytest.importorskip("transformers")
+from tests.helpers.families.build import small_model
+from tests.helpers.families.inputs import batch_for
+from tests.helpers.families.listing import families
+from tests.helpers.families.special import special
 from tests.helpers.language_models import V, model_of, small_batch, step
 
 pytestmark = [
@@ -137,3 +141,16 @@ def test_saved_whole_and_loaded(batch, tmp_path):
     assert loaded.lm_head.watch.report().fused == 2
     huggingface.unpatch(loaded)
     assert type(loaded.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_head_that_is_not_called_is_named(batch):
+    family = next(f for f in families() if f.model == "MobileBertForMaskedLM")
+    model = small_model(family).train()
+    given = batch_for(model, special(family).inputs(model))
+    huggingface.patch(model)
+    with pytest.warns(crossent.MadeLogitsWarning, match="does not call its output head"):
+        step(model, given)
+    classifier = model_of("LlamaForSequenceClassification", num_labels=3, pad_token_id=0)
+    huggingface.patch(classifier)
+    classifier(input_ids=batch["input_ids"], labels=torch.tensor([0, 2])).loss.backward()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -32,6 +32,15 @@ __all__ = ["Patch", "compute_loss", "compute_loss_for", "patch", "unpatch"]
 _PATCH = "_crossent_patch"  # where a patched model keeps its patch
 
 
+class _Forward(NamedTuple):
+    """A forward of a patched model that runs now."""
+
+    thread: int
+    call: FrameType
+    loss: patched_loss
+    calls: int  # of heads before it
+
+
 class Patch:
     """What :func:`patch` has done to a model; as a context manager it is undone at the end."""
 
@@ -39,7 +48,7 @@ class Patch:
         self.model, self.watch, self.evaluation = model, Watch(), evaluation
         self.options = {name: value for name, value in options.items() if value is not None}
         self.head: nn.Module | None = None  # the output head when it was last seen
-        self._open: list[tuple[int, FrameType, patched_loss]] = []  # forwards of threads
+        self._open: list[_Forward] = []
 
     def report(self) -> Report:
         """What became of the logits of each forward: fused, made (and who asked), bytes saved."""
@@ -69,23 +78,30 @@ class Patch:
             heads.become_lazy(inner, self.watch, self.options, self.evaluation)
             self.head = head
         self.leave()  # those that nobody has told of a KeyboardInterrupt
-        self._open.append((threading.get_ident(), call, patched_loss()))
+        thread, calls = threading.get_ident(), self.watch.calls
+        self._open.append(_Forward(thread, call, patched_loss(), calls))
         if inner.training:
             losses = {k: v for k, v in self.options.items() if k not in heads.HEAD_OPTIONS}
             options_while(call, losses)
 
     def leave(self, call: FrameType | None = None) -> None:
         """A forward of this thread has ended: the one that is called so, and what it has called."""
-        for entry in list(self._open):
-            thread, frame, loss = entry
-            if thread == threading.get_ident() and (frame is call or not is_running(frame)):
-                self._open.remove(entry)
-                loss.undo()
+        for forward in list(self._open):
+            ended = forward.call is call or not is_running(forward.call)
+            if forward.thread == threading.get_ident() and ended:
+                self._open.remove(forward)
+                forward.loss.undo()
+
+    def check_called(self, model: str, call: FrameType) -> None:
+        """Say where a training step has not called its head: what it multiplied is not ours."""
+        for forward in self._open:
+            if forward.call is call and self.head is not None and self.watch.calls == forward.calls:
+                self.watch.not_lazy(f"{model} does not call its output head")
 
     def leave_all(self) -> None:
         """The patch is undone, whatever runs."""
         while self._open:
-            self._open.pop()[2].undo()
+            self._open.pop().loss.undo()
 
 
 def patch(
@@ -195,4 +211,7 @@ def _enter(inner: nn.Module, inputs: Any) -> None:
 def _leave(inner: nn.Module, inputs: Any, output: Any) -> None:
     patched = vars(inner).get(_PATCH)
     if patched is not None and not torch.compiler.is_compiling():
-        patched.leave(sys._getframe(1))
+        call = sys._getframe(1)
+        if output is not None and inner.training and torch.is_grad_enabled():
+            patched.check_called(type(inner).__name__, call)
+        patched.leave(call)

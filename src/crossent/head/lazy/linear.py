@@ -34,11 +34,15 @@ class LazyHead(nn.Linear):
             return input.new_empty(0)  # what hooks do to an output is not for the job's result
         if torch.compiler.is_compiling() and not graph_is_whole():
             return outside_graphs["head"](self, input)  # type: ignore[no-any-return]
+        if self.watch is not None:
+            self.watch.calls += 1
         training = self.training and torch.is_grad_enabled()
         if not (training or self.evaluation) or not plain(input, self.weight, self.bias):
             kind = type(self.weight)
             if training and self.watch is not None and kind not in (Tensor, nn.Parameter):
-                self.watch.not_lazy(f"the weight of the output head is a {kind.__name__}")
+                self.watch.not_lazy(
+                    f"the weight of the output head is a {kind.__name__}, split over processes"
+                )
             return super().forward(input)
         options = self.loss_options or {}
         if not training:  # a loss that is evaluated is the bare one

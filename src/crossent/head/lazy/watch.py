@@ -51,6 +51,7 @@ class Watch:
         self.forwards: deque[Forward] = deque(maxlen=_KEPT)
         self.stats: Stats | None = None  # of the latest loss
         self.auxiliary_weight: float | None = None  # of a mixture's auxiliary loss
+        self.calls = 0  # of heads
         self._warned = False
 
     def begin(self, origin: Origin, training: bool) -> None:
@@ -89,8 +90,7 @@ class Watch:
         if not self._warned:
             self._warned = True
             warn(
-                f"{reason}: its logits are made, and no memory is saved; a head that is split "
-                f"over processes by vocabulary is not fused. Said once",
+                f"{reason}: its logits are made, and no memory is saved. Said once",
                 MadeLogitsWarning,
             )
 
