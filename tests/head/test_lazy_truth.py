@@ -9,31 +9,18 @@ import torch
 import torch.nn.functional as F
 
 import crossent
-from crossent.head.lazy import LazyLinear, LazyLogits, Watch
-
-V = 11
-TARGET = torch.arange(24).reshape(4, 6) % V
+from crossent.head.lazy import LazyLogits
+from tests.helpers.lazy_head import TARGET, V, made, plainly, small_features, small_head
 
 
 @pytest.fixture
 def head():
-    torch.manual_seed(0)
-    head = LazyLinear(6, V)
-    head.watch = Watch()
-    return head
+    return small_head()
 
 
 @pytest.fixture
 def features():
-    return torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
-
-
-def plainly(head, features):
-    return F.linear(features, head.weight, head.bias)
-
-
-def made(head):
-    return sum(bool(f.made) for f in head.watch.forwards)
+    return small_features()
 
 
 def test_an_edit_is_for_good(head, features):

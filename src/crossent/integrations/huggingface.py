@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,6 +26,7 @@ from ..problem.options import GradientMode
 from . import heads
 from .heads import StepStats
 from .language_model_loss import compute_loss, compute_loss_for
+from .undo import Undoable
 
 __all__ = ["Patch", "compute_loss", "compute_loss_for", "patch", "unpatch"]
 
@@ -41,7 +42,7 @@ class _Forward(NamedTuple):
     calls: int  # of heads before it
 
 
-class Patch:
+class Patch(Undoable):
     """What :func:`patch` has done to a model; as a context manager it is undone at the end."""
 
     def __init__(self, model: nn.Module, evaluation: bool, options: dict[str, Any]) -> None:
@@ -57,19 +58,6 @@ class Patch:
     def undo(self) -> None:
         """As :func:`unpatch`."""
         unpatch(self.model)
-
-    close = undo
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.undo()
 
     def enter(self, inner: nn.Module, call: FrameType) -> None:
         """A forward begins: heads that are new become lazy, losses are ours."""

@@ -10,7 +10,6 @@ measured: TRL's kernel takes products in half precision where the model is in it
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from torch import Tensor
 
 from ..functional import entropy, log_prob
 from .trl_seam import Seam, seam_of
+from .undo import Undoable
 
 _PATCH = "_crossent_patch"  # where a patched trainer keeps its patch
 
 
-class Patch:
+class Patch(Undoable):
     """What :func:`patch` has done to a trainer; as a context manager it is undone at the end."""
 
     def __init__(self, trainer: Any, seams: list[Seam]) -> None:
@@ -44,19 +44,6 @@ class Patch:
             del vars(self.trainer)[_PATCH]
         for seam in self.seams:
             seam.undo()
-
-    close = undo
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.undo()
 
     def __repr__(self) -> str:
         return f"Patch({self.calls} heads by crossent, {self.handed_over} by TRL)"

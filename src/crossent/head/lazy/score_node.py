@@ -51,7 +51,7 @@ class Score(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         """The gradient of the logits."""
-        upstream, needs, origin = grad_outputs[0], ctx.needs, ctx.origin
+        grad_output, needs, origin = grad_outputs[0], ctx.needs, ctx.origin
         recipe = ctx.recipe.holding(ctx.saved_tensors)
         fused, dense, reads, versions = ctx.fused, ctx.dense, ctx.reads, ctx.versions
         first = (ctx.result, ctx.aliases)  # of forward: used once, and made anew after that
@@ -64,7 +64,7 @@ class Score(torch.autograd.Function):
                 aliases = aliased(recipe.tensors, needs)
                 with torch.enable_grad():
                     result = origin.whole("backward", lambda: fused(recipe.holding(aliases)))
-            return pulled(result, aliases, needs, upstream)
+            return pulled(result, aliases, needs, grad_output)
 
         def numbers() -> Tensor:
             _check_unread(reads, versions)
@@ -75,10 +75,10 @@ class Score(torch.autograd.Function):
             (alias,) = aliased((logits,), (True,))
             with torch.enable_grad():
                 score = dense(certain(alias))
-            return certain(pulled(score, (alias,), (True,), upstream)[0])
+            return certain(pulled(score, (alias,), (True,), grad_output)[0])
 
         nothing = (None,) * 5
-        if torch.is_grad_enabled() or not plain(upstream):  # batched: numbers alone
+        if torch.is_grad_enabled() or not plain(grad_output):  # batched: numbers alone
             return numbers(), *nothing
         return LazyGradient.like(ctx.like, effects, numbers), *nothing
 
