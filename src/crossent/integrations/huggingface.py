@@ -143,7 +143,7 @@ def patch(
         >>> print(patched.report())
         forward  logits  fused          made by  saved
         1        6 x 50  cross_entropy  -        1.2 KiB
-        1 forwards: 1 fused, 0 made; 1.2 KiB of logits never existed
+        1 forward: 1 fused, 0 made; 1.2 KiB of logits never existed
     """
     inner = heads.inner_model(model)
     if _PATCH in vars(inner):

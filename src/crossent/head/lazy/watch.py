@@ -145,8 +145,9 @@ class Report:
         table = [head, *self.lines()]
         widths = [max(len(row[i]) for row in table) for i in range(4)]
         text = ["  ".join((*map(str.ljust, row[:4], widths), row[4])).rstrip() for row in table]
+        count = len(self.forwards)
         total = (
-            f"{len(self.forwards)} forwards: {self.fused} fused, {self.made} made; "
+            f"{count} forward{'' if count == 1 else 's'}: {self.fused} fused, {self.made} made; "
             f"{readable_size(self.saved)} of logits never existed"
         )
         return "\n".join((*text, total))
