@@ -250,3 +250,43 @@ def test_autocast_is_that_of_the_forward_in_backward_too(hooked):
             loss = F.cross_entropy(y, TARGET) + y.pow(2).mean()
         results.append(torch.autograd.grad(loss, (head.weight, body.weight)))
     torch.testing.assert_close(*results, rtol=5e-2, atol=5e-3)
+
+
+def test_a_hook_on_a_view_hears_of_its_views(head, features):
+    results = []
+    for lazy in (False, True):
+        heard = []
+        z = head(features) if lazy else plainly(head, features)
+        v = z[1:]
+        v.register_hook(lambda g, heard=heard: heard.append(1) or g * 0.5)
+        v.retain_grad()
+        w = v[1:]
+        w.sum().item()
+        loss = F.cross_entropy(w, TARGET[2:])
+        loss.backward()
+        results.append((features.grad.clone(), v.grad, torch.tensor(len(heard))))
+        features.grad = None
+    torch.testing.assert_close(*results)
+
+
+def test_logits_that_were_read_go_with_the_graph(head, features):
+    gc.disable()
+    try:
+        z = head(features)
+        copy = z * 2
+        loss = F.cross_entropy(z, TARGET) + F.cross_entropy(copy, TARGET)
+        copy.sum().item()
+        seen = [weakref.ref(z.made()), weakref.ref(copy.made())]
+        loss.backward()
+        del z, copy
+        assert [s() for s in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_second_order_makes_nothing_for_good(head, features):
+    z = head(features)
+    loss = F.cross_entropy(z * 2, TARGET)
+    (gx,) = torch.autograd.grad(loss, features, create_graph=True)
+    gx.square().sum().backward()
+    assert not z.is_made

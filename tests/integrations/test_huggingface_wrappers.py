@@ -154,3 +154,25 @@ def test_a_head_that_is_not_called_is_named(batch):
     classifier = model_of("LlamaForSequenceClassification", num_labels=3, pad_token_id=0)
     huggingface.patch(classifier)
     classifier(input_ids=batch["input_ids"], labels=torch.tensor([0, 2])).loss.backward()
+
+
+@pytest.mark.filterwarnings("error::crossent.MadeLogitsWarning")
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}]
+)
+def test_a_second_adapter(batch, options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        lora_dropout=0.0, init_lora_weights=False, **{"target_modules": ["q_proj"]} | options
+    )
+    torch.manual_seed(3)
+    model = peft.get_peft_model(model_of(), config)
+    patched = huggingface.patch(model)
+    step(model, batch)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    found = step(model, batch)
+    report = patched.report()
+    assert sum(f.saved > 0 and "cross_entropy" in f.fused for f in report.forwards) == 2
+    huggingface.unpatch(model)
+    torch.testing.assert_close(step(model, batch), found, rtol=1e-4, atol=1e-6)

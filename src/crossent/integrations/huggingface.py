@@ -61,10 +61,9 @@ class Patch(Undoable):
 
     def enter(self, inner: nn.Module, call: FrameType) -> None:
         """A forward begins: heads that are new become lazy, losses are ours."""
-        head = cast("Any", inner).get_output_embeddings()
-        if head is not self.head:  # resized, or with an adapter
+        self.head = cast("Any", inner).get_output_embeddings()
+        if self.head is not None:  # it may have been resized, or got an adapter
             heads.become_lazy(inner, self.watch, self.options, self.evaluation)
-            self.head = head
         self.leave()  # those that nobody has told of a KeyboardInterrupt
         thread, calls = threading.get_ident(), self.watch.calls
         self._open.append(_Forward(thread, call, patched_loss(), calls))

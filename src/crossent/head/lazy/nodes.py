@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .gradient import Effects, LazyGradient, Like, densely
-from .pull import aliased, certain, pulled
+from .pull import aliased, certain, keep, kept, pulled
 from .recipe import Ambient, Origin, Recipe
 
 
@@ -68,19 +68,20 @@ class StepNode(torch.autograd.Function):
     ) -> Tensor:
         """A tensor without memory."""
         ctx.recipe, ctx.step, ctx.origin = recipe, step, origin
-        ctx.like, ctx.lazy = Like.of(lazy), lazy
+        ctx.like = Like.of(lazy)
+        keep(ctx, lazy)
         return empty()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of what the step was done to, and of its further arguments."""
         gradient, recipe, step = grad_outputs[0], ctx.recipe, ctx.step
-        needs = ctx.needs_input_grad[5:]
+        needs, (lazy,) = ctx.needs_input_grad[5:], kept(ctx)
         nothing = (None, None, None, None)
 
         def numbers() -> Effects:
             if torch.is_grad_enabled():  # whose own graph goes through the logits, and their hooks
-                logits = ctx.lazy.afresh("backward(create_graph=True)")
+                logits = lazy.afresh("backward(create_graph=True)")
             else:
                 logits = ctx.origin.remade(recipe)
             return _pulled_by_numbers(logits, step, densely(gradient), (True, *needs))

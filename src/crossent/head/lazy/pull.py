@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ...problem.torch_internals import saved_tensors_hooked
 from .gradient import Effects
+
+
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keep tensors for backward, and no longer than the graph.
+
+    Where saved tensors go through hooks (offloading, checkpoint), these would make the logits and
+    copy the weight: there the node itself keeps them.
+    """
+    ctx.kept = tensors if saved_tensors_hooked() else None
+    if ctx.kept is None:
+        ctx.save_for_backward(*tensors)
+
+
+def kept(ctx: Any) -> tuple[Any, ...]:
+    """What has been kept."""
+    tensors: tuple[Any, ...] = ctx.saved_tensors if ctx.kept is None else ctx.kept
+    return tensors
 
 
 def aliased(tensors: Effects, needs: tuple[bool, ...]) -> Effects:

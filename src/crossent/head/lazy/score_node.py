@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...problem.torch_internals import plain, version_of
 from .gradient import Effects, LazyGradient, Like
-from .pull import aliased, certain, pulled
+from .pull import aliased, certain, keep, kept, pulled
 from .recipe import Origin, Recipe
 
 
@@ -28,11 +28,11 @@ class Score(torch.autograd.Function):
         reads: tuple[Tensor, ...],
     ) -> Tensor:
         """``fused`` is the score of a recipe, ``dense`` that of the logits; both read ``reads``."""
-        ctx.save_for_backward(*recipe.tensors)  # freed with the graph, and not before
+        keep(ctx, lazy, *recipe.tensors)
         ctx.recipe = recipe.holding((None,) * len(recipe.tensors))
         ctx.origin, ctx.fused, ctx.dense = origin, fused, dense
         ctx.reads, ctx.versions = reads, [version_of(t) for t in reads]
-        ctx.like, ctx.lazy = Like.of(lazy), lazy
+        ctx.like = Like.of(lazy)
         ctx.needs = recipe.trains
 
         def job() -> Tensor:  # here, where the weight is at hand
@@ -52,7 +52,8 @@ class Score(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         """The gradient of the logits."""
         grad_output, needs, origin = grad_outputs[0], ctx.needs, ctx.origin
-        recipe = ctx.recipe.holding(ctx.saved_tensors)
+        lazy, *tensors = kept(ctx)
+        recipe = ctx.recipe.holding(tuple(tensors))
         fused, dense, reads, versions = ctx.fused, ctx.dense, ctx.reads, ctx.versions
         first = (ctx.result, ctx.aliases)  # of forward: used once, and made anew after that
         ctx.result = ctx.aliases = None
@@ -69,7 +70,7 @@ class Score(torch.autograd.Function):
         def numbers() -> Tensor:
             _check_unread(reads, versions)
             if torch.is_grad_enabled():  # whose own graph goes through the logits, and their hooks
-                logits = ctx.lazy.afresh("backward(create_graph=True)")
+                logits = lazy.afresh("backward(create_graph=True)")
             else:
                 logits = origin.remade(recipe)
             (alias,) = aliased((logits,), (True,))

@@ -45,10 +45,9 @@ class LazyLogits(Tensor):
     origin: Origin  # the forward of the head
     skeleton: Tensor  # on the meta device: the strides that the logits would have
     rows: tuple[Callable[[Tensor], Tensor], ...]  # from the rows of the forward to these
-    parent: LazyLogits | None  # what this is a copy of, after a step
+    parent: LazyLogits | None  # what this is a view or a copy of, after a step
     step: Step | None
-    base: LazyLogits | None  # what this is a view of
-    views: tuple[Step, ...]  # from there to here
+    base: LazyLogits | None  # of a view: the one whose memory it shares
     _tensor: Tensor | None
     _made_version: int
     _hooks: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]  # of a view
@@ -70,7 +69,7 @@ class LazyLogits(Tensor):
         if not _share_memory(skeleton, self.skeleton):
             return self.copy_by(recipe, step)
         lazy = self._stepped(recipe, step, skeleton)
-        lazy.base, lazy.views = self.root, (*self.views, step)
+        lazy.base, lazy.parent, lazy.step = self.root, self, step
         return lazy
 
     def copy_by(self, recipe: Recipe, step: Step) -> LazyLogits:
@@ -109,15 +108,14 @@ class LazyLogits(Tensor):
                     f"{asker}: lazy logits are made before a transform of torch.func begins, or "
                     f"not at all; take logits = logits + 0 outside of it"
                 )
-            if self.base is not None:
-                tensor = self.base.made(asker)
-                for view in self.views:
-                    with view.ambient.again():
-                        tensor = view.act(tensor, *view.extras)
+            if self.base is not None and self.parent is not None and self.step is not None:
+                tensor = self.parent.made(asker)
+                with self.step.ambient.again():
+                    tensor = self.step.act(tensor)
             else:
                 real: Any = _Real  # torch leaves apply untyped
                 with torch.set_grad_enabled(self.requires_grad):
-                    tensor = real.apply(self, asker)
+                    tensor = real.apply(self, asker, True)
                 if self.retains_grad:  # torch's follows an edit in place
                     tensor.retain_grad()
             self._tensor, self._made_version = tensor, version_of(tensor)
@@ -129,14 +127,19 @@ class LazyLogits(Tensor):
         """The tensor as it was before any edit; what is done to it goes on from here."""
         real: Any = _Real  # torch leaves apply untyped
         with torch.enable_grad():
-            tensor: Tensor = real.apply(self, asker)
+            tensor: Tensor = real.apply(self, asker, False)
         return tensor
 
     @torch.no_grad()
-    def numbers(self, asker: str) -> Tensor:
-        """Fresh memory with what this holds if nobody has edited it."""
-        parent = self.parent
-        if parent is not None and self.step is not None and not parent.is_edited:
+    def numbers(self, asker: str, for_good: bool) -> Tensor:
+        """Fresh memory with what this holds if nobody has edited it.
+
+        ``for_good``: what this is a copy of is made, too, if it is not.
+        """
+        parent = None if self.base is not None else self.parent
+        if parent is not None and (parent.is_edited or not (for_good or parent.is_made)):
+            parent = None
+        if parent is not None and self.step is not None:
             data = parent.made(asker)
             with self.step.ambient._replace(grad=False).again():
                 made = self.step.act(data.detach(), *self.step.extras)
@@ -245,16 +248,16 @@ class _Real(torch.autograd.Function):
     """The numbers of lazy logits, in a tensor whose gradient goes to them."""
 
     @staticmethod
-    def forward(ctx: Any, lazy: LazyLogits, asker: str) -> Tensor:
+    def forward(ctx: Any, lazy: LazyLogits, asker: str, for_good: bool) -> Tensor:
         """Fresh memory, and no view in autograd's books: those could not be edited."""
-        made = lazy.numbers(asker)
+        made = lazy.numbers(asker, for_good)
         whole = made.new_empty(0)
         return whole.set_(made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """As it is."""
-        return grad_outputs[0], None
+        return grad_outputs[0], None, None
 
 
 def _empty(recipe: Recipe, skeleton: Tensor) -> Callable[[], LazyLogits]:
@@ -272,7 +275,7 @@ def _filled(
 ) -> LazyLogits:
     lazy.recipe, lazy.origin, lazy.skeleton, lazy.rows = recipe, origin, skeleton, rows
     lazy.parent = lazy.step = lazy.base = lazy._tensor = None
-    lazy.views, lazy._made_version, lazy._hooks = (), 0, []
+    lazy._made_version, lazy._hooks = 0, []
     return lazy
 
 
