@@ -149,6 +149,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         *,
         sample_weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        low_rank: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         """The loss of one batch; see :func:`crossent.linear_cross_entropy` for every argument."""
         shape, linear = (self.num_classes, *self.out_features), self.linear
@@ -164,6 +165,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             options=self.options,
             sample_weight=sample_weight,
             denominator=denominator,
+            low_rank=low_rank,
             **self.more,
         )
 

@@ -62,6 +62,7 @@ _LOSS = {
 _ROWS = {"dim": "value", "reuse_input": "how"}
 _LEGACY = {"size_average": "torch", "reduce": "torch"}
 _HEAD = {"linear_weight": "input", "linear_bias": "value", "chunk_rows": "how"}
+_HEAD |= {"low_rank": "pair"}
 _SPARSE = {"gradient_tolerance": "sparse", "gradient_mode": "sparse", "options": "torch"}
 _TARGETED = {"logits": "input", "target": "input"}
 
@@ -74,7 +75,8 @@ def _by_module(*, input: Any, target: Any, **keywords: Any) -> Any:
 def _by_head_module(
     *, input: Any, linear_weight: Any, target: Any, linear_bias: Any = None, **keywords: Any
 ) -> Any:
-    batch = {n: keywords.pop(n) for n in ("sample_weight", "denominator") if n in keywords}
+    names = ("sample_weight", "denominator", "low_rank")
+    batch = {n: keywords.pop(n) for n in names if n in keywords}
     classes, *out, features = linear_weight.shape
     with mock.patch.object(torch.nn.Linear, "reset_parameters"):  # vmap forbids random numbers
         module = crossent.LinearCrossEntropyLoss(

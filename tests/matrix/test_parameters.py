@@ -155,6 +155,27 @@ def test_sparse_gradients_stay_within_their_bound(name, parameter):
     assert torch.equal(slope(gradient_mode="unbiased"), exact)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("name", "parameter"), with_part("pair"))
+def test_a_low_rank_part_is_added_to_the_logits(name, parameter, backend):
+    """The same as that part of a wider weight, value and gradients."""
+    call, arguments = FUNCTIONS[name].call, simple(name, rows=(6,), classes=5, features=4)
+    more = {"reduction": "sum"} if FUNCTIONS[name].takes("reduction") else {}
+    arguments = {**arguments, **more, "backend": backend}
+    x, w = arguments.pop("input"), arguments.pop("linear_weight")
+    x, w = (t.detach().double().requires_grad_() for t in (x, w))
+    low = x[:, :2] * 2, w[:, :2] + 1
+    ours = call(input=x, linear_weight=w, **{parameter: low}, **arguments).sum()
+    wide = {"input": torch.cat([x, low[0]], -1), "linear_weight": torch.cat([w, low[1]], -1)}
+    truth = call(**wide, **arguments).sum()
+    without = call(input=x, linear_weight=w, **arguments).sum()
+    torch.testing.assert_close(ours, truth)
+    assert abs(float((ours - without).detach())) > 1e-3, "nothing was added"
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, (x, w)), torch.autograd.grad(truth, (x, w))
+    )
+
+
 @pytest.mark.parametrize(("name", "parameter"), with_part("torch"))
 def test_torchs_own_parameters(name, parameter):
     call, arguments = FUNCTIONS[name].call, simple(name)
