@@ -84,22 +84,73 @@ def test_adapters_and_saved_modules(batch, order, options):
     torch.testing.assert_close(step(merged, batch)[0], loss, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::crossent.MadeLogitsWarning")
+@pytest.mark.filterwarnings("error::crossent.MadeLogitsWarning")
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_adapters_on_the_head(batch, dora):
+def test_adapters_on_the_head(batch, dora, frozen):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         target_modules=["lm_head"], lora_dropout=0.0, init_lora_weights=False, use_dora=dora
     )
     torch.manual_seed(3)
     model = peft.get_peft_model(model_of(), config)
+    if not frozen:
+        model.requires_grad_(True)
     before = step(model, batch)
+    layer = model.get_base_model().lm_head
+    kind = type(layer)
     with huggingface.patch(model) as patched:
         found = step(model, batch)
         report = patched.report()
-    torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-6)
-    if not dora:
-        assert report.saved > 0, report
+        assert report.made == 0
+        assert report.saved == 22 * V * 4 * (1 if dora else 2)  # PEFT makes the adapter's, too
+        with model.disable_adapter(), torch.no_grad():
+            model(**batch)
+    torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-5)
+    assert type(layer) is kind
+    torch.testing.assert_close(step(model, batch), before)
+
+
+@pytest.mark.filterwarnings("ignore::crossent.MadeLogitsWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_in_all_its_states(batch, dropout):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        target_modules=["lm_head"], lora_dropout=dropout, init_lora_weights=False, use_dora=True
+    )
+    torch.manual_seed(3)
+    model = peft.get_peft_model(model_of(), config)
+
+    def both(change=None):
+        found = []
+        for patched in (False, True):
+            if patched:
+                huggingface.patch(model, evaluation=True)
+            torch.manual_seed(5)
+            if change == "eval":
+                model.eval()
+                with torch.no_grad():
+                    found.append((model(**batch).loss, {}))
+                model.train()
+            elif change == "autocast":
+                with torch.autocast("cpu", torch.bfloat16):
+                    found.append(step(model, batch))
+            else:
+                found.append(step(model, batch))
+        huggingface.unpatch(model)
+        loose = {"rtol": 3e-2, "atol": 1e-2} if change == "autocast" else {}
+        torch.testing.assert_close(*found, **(loose or {"rtol": 1e-4, "atol": 1e-5}))
+
+    for change in (None, "eval", "autocast"):
+        both(change)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    both()
+    huggingface.patch(model)
+    merged = model.merge_and_unload()
+    huggingface.unpatch(merged)
+    assert type(merged.lm_head) is torch.nn.Linear
+    assert not any(isinstance(m, LazyHead) for m in merged.modules())
 
 
 def test_wrappers_are_named():

@@ -20,8 +20,8 @@ from . import log_softmax as _log_softmax  # noqa: F401
 from . import maps as _maps  # noqa: F401
 from . import rows as _rows  # noqa: F401
 from . import scores as _scores  # noqa: F401
-from .linear import LazyHead, LazyLinear
+from .linear import LazyHead, LazyLinear, lazy_linear
 from .tensor import LazyLogits
 from .watch import Report, Watch
 
-__all__ = ["LazyHead", "LazyLinear", "LazyLogits", "Report", "Watch"]
+__all__ = ["LazyHead", "LazyLinear", "LazyLogits", "Report", "Watch", "lazy_linear"]

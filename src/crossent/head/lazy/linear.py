@@ -77,12 +77,15 @@ def lazy_linear(
     watch: Watch | None,
     options: Mapping[str, Any],
     training: bool,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> LazyLogits:
-    """The logits x W^T + b, not made yet."""
+    """The logits x W^T + b (+ u B^T), not made yet."""
     dtype = torch.promote_types(input.dtype, weight.dtype)
     if autocast_enabled(input.device.type) and dtype != torch.float64:  # left alone
         dtype = torch.get_autocast_dtype(input.device.type)
     recipe = Recipe(input, weight, bias, dtype, weight.shape[0])
+    if low_rank is not None:
+        recipe = recipe._replace(low_input=low_rank[0], low_weight=low_rank[1])
     trains = tuple(t is not None and t.requires_grad for t in recipe.tensors)
     logits = LazyLogits.of(recipe._replace(trains=trains), watch, options)
     if watch is not None:
