@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import crossent
 from crossent.head.lazy import LazyLogits, scores
 from crossent.integrations import huggingface
+from tests.helpers.training import QUIETLY
 
 transformers = pytest.importorskip("transformers")
 V, T, B = 97, 11, 2
@@ -223,19 +224,11 @@ def test_classification(kind, batch):
 def trainer(model, directory, rows, batch_size, accumulate, **more):
     arguments = transformers.TrainingArguments(
         output_dir=str(directory),
-        per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulate,
-        max_steps=2,
         learning_rate=0.1,
-        optim="sgd",
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         dataloader_pin_memory=False,
         logging_strategy="no",
+        **QUIETLY | {"per_device_train_batch_size": batch_size},
     )
     return transformers.Trainer(model=model, args=arguments, train_dataset=rows, **more)
 

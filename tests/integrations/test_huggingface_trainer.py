@@ -11,6 +11,7 @@ import transformers
 
 from crossent.integrations import huggingface
 from tests.helpers.language_models import V, model_of
+from tests.helpers.training import QUIETLY
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -33,14 +34,9 @@ def trained(directory, patched, kind="LlamaForCausalLM", resume=None, **argument
     """The weights after training, and what the patch reports."""
     model = model_of(kind)
     handle = huggingface.patch(model, evaluation=True) if patched else None
-    settings = {
-        "per_device_train_batch_size": 2,
+    settings = QUIETLY | {
         "max_steps": 4,
-        "learning_rate": 0.01,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
+        "learning_rate": 0.1,
         "dataloader_pin_memory": False,
         "logging_strategy": "no",
         "prediction_loss_only": True,
@@ -78,11 +74,13 @@ def test_the_same_weights(tmp_path, setting, kind):
     options = SETTINGS[setting]
     plain, score, _ = trained(tmp_path, False, kind, **options)
     ours, its_score, report = trained(tmp_path, True, kind, **options)
-    half = "bfloat16" in setting
-    # Adam divides by the size of a gradient: where that is rounding, a step is noise.
-    torch.testing.assert_close(its_score, score, rtol=2e-2 if half else 1e-3, atol=0)
-    far = max(float((ours[name] - plain[name]).abs().max()) for name in plain)
-    assert far < (0.05 if half else 0.02)
+    half = "bfloat16" in setting  # products rounded in other places; twice too much is 1.0
+    torch.testing.assert_close(its_score, score, rtol=2e-2 if half else 1e-4, atol=0)
+    begun = model_of(kind).state_dict()
+    for name, value in plain.items():
+        moved = float((value - begun[name]).abs().max())
+        off = float((ours[name] - value).abs().max())
+        assert off <= (0.35 if half else 1e-3) * moved + 1e-5, name
     assert report.made == 0
     assert report.fused == len(report.forwards) > 0
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from crossent.integrations import trl as ours
-
-from .trl_trainers import (
+from tests.helpers.trl_trainers import (
     assert_same_run,
     assert_same_step,
     make,

@@ -9,8 +9,7 @@ import torch
 
 from crossent.head import chunked
 from crossent.integrations import trl as ours
-
-from .trl_trainers import (
+from tests.helpers.trl_trainers import (
     SMALL,
     V,
     assert_same_run,

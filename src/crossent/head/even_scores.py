@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from ..backends.eligibility import needs_operations, needs_reference
-from ..problem.features import prepare_features
-from ..problem.options import Options
 from ..problem.torch_internals import plain
 from .autograd import as_given, pulled
 from .chunked import chunked_pass, plan_for
 from .dispatch import compute_rows
 from .linear_head import Head
 from .row_functions import LossRows
-from .token_scores import ScoreRows, TokenScores, token_scores
+from .token_scores import ScoreRows, TokenScores, token_problem, token_scores
 
 
 class Guess:
@@ -55,17 +53,8 @@ def even_scores(
         tensor([[-0.2130,  0.0533],
                 [ 0.2119, -0.2119]])
     """
-    options = Options(
-        reduction="sum",
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_dtype=torch.float32,
-        return_stats=True,
-    )
     tensors = (input, linear_weight, target, linear_bias)
-    problem = prepare_features(
-        input, linear_weight, linear_bias, target, None, None, None, options
-    ).verified()
+    problem = token_problem(*tensors, "sum", softcap, logit_scale)
     if torch.compiler.is_compiling() or needs_reference(problem) or needs_operations(*tensors):
         return token_scores(
             input,

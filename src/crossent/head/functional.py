@@ -143,9 +143,9 @@ def linear_cross_entropy(
     tensors = (input, linear_weight, target, linear_bias, weight, sample_weight, *more)
     if has_torch_function_variadic(*tensors):
         keywords = _keywords(chosen, sample_weight, denominator)
-        keywords.update(linear_bias=linear_bias, weight=weight, chunk_rows=chunk_rows)
+        keywords.update(linear_bias=linear_bias, weight=weight, low_rank=low_rank)
         keywords.update(gradient_tolerance=gradient_tolerance, gradient_mode=gradient_mode)
-        keywords.update(low_rank=low_rank)
+        keywords.update(chunk_rows=chunk_rows)
         return ask(linear_cross_entropy, tensors, tensors[:3], keywords)
     operations = needs_operations(*tensors, chosen.logit_scale)
     problem = prepare_features(
@@ -159,11 +159,22 @@ def linear_cross_entropy(
     dispatch.choose(problem)  # raises where a backend was asked for that cannot serve
     if operations or _compiles_as_logits(problem, low_rank is not None):
         return _with_logits(tensors, problem, denominator)
-    head, problem = Head.of(input, linear_weight, linear_bias, low_rank), problem.verified()
-    head = head.without_last(problem.cut, input.shape)
     sparsification = _sparsification(gradient_tolerance, gradient_mode)
-    function = LossRows(problem.flat(), sparsification, neighbours=linear_weight.stride(-1) == 1)
-    uniform = chosen.reduction != "none" or denominator is not None
+    head = Head.of(input, linear_weight, linear_bias, low_rank)
+    head = head.without_last(problem.cut, input.shape)
+    return _fused(head, problem.verified(), denominator, sparsification, chunk_rows)
+
+
+def _fused(
+    head: Head,
+    problem: Problem,
+    denominator: float | Tensor | None,
+    sparsification: Sparsification | None,
+    chunk_rows: int | None,
+) -> Any:
+    """The loss in chunks of rows."""
+    function = LossRows(problem.flat(), sparsification, neighbours=head.weight.stride(-1) == 1)
+    uniform = problem.options.reduction != "none" or denominator is not None
     loss, *stats = compute_rows(head, function, chunk_rows, uniform)
     return _reduced(loss, stats, problem, denominator)
 

@@ -67,17 +67,8 @@ def token_scores(
         >>> found.log_prob, found.entropy
         (tensor([-0.2395, -0.5514]), tensor([0.6656, 0.9753]))
     """
-    options = Options(
-        reduction="none",
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_dtype=torch.float32,
-        return_stats=True,
-    )
     tensors = (input, linear_weight, target, linear_bias)
-    problem = prepare_features(
-        input, linear_weight, linear_bias, target, None, None, None, options
-    ).verified()
+    problem = token_problem(*tensors, "none", softcap, logit_scale)
     head = Head(input, linear_weight, linear_bias)
     function = ScoreRows(problem, log_sum_squares, mean_logit)
     if torch.compiler.is_compiling() or needs_operations(*tensors):
@@ -94,6 +85,28 @@ def token_scores(
         rest.pop(0) if log_sum_squares else None,
         rest.pop(0) if mean_logit else None,
     )
+
+
+def token_problem(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    reduction: str,
+    softcap: float | None,
+    logit_scale: float,
+) -> Problem:
+    """What tokens are scored by: float32 losses, with statistics."""
+    options = Options(
+        reduction=reduction,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_dtype=torch.float32,
+        return_stats=True,
+    )
+    return prepare_features(
+        input, linear_weight, linear_bias, target, None, None, None, options
+    ).verified()
 
 
 class ScoreRows(NamedTuple):

@@ -17,7 +17,7 @@ from ..head.chunk_plan import check_chunk_rows
 from ..head.functional import check_sparsification
 from ..head.lazy import LazyHead, LazyLinear, LazyLogits, Watch
 from ..problem.options import Options
-from .adapters import LazyDora
+from . import adapters
 
 HEAD_OPTIONS = ("gradient_tolerance", "gradient_mode", "chunk_rows")
 
@@ -161,9 +161,9 @@ def _rebased(kind: type, old: type, new: type) -> type | None:
 
 def become_lazy(model: Any, watch: Watch, options: dict[str, Any], evaluation: bool) -> None:
     """Make the heads lazy that are not: all at first, later those that are new."""
-    for layer in _doras(model):
-        if not isinstance(layer, LazyDora):
-            layer.__class__ = type(type(layer).__name__, (LazyDora, type(layer)), {})
+    head = model.get_output_embeddings()
+    if all(hasattr(head, name) for name in ("base_layer", "use_dora", "lora_A")):
+        adapters.become_lazy(head)
     for module in _linears(model):
         kind = _lazy_class(type(module))
         if kind is None:
@@ -175,18 +175,10 @@ def become_lazy(model: Any, watch: Watch, options: dict[str, Any], evaluation: b
             vars(module)["_old_forward"] = types.MethodType(LazyHead.forward, module)
 
 
-def _doras(model: Any) -> list[Any]:
-    """The layer of PEFT's on the output head that may hold DoRA adapters."""
-    head = model.get_output_embeddings()
-    is_one = all(hasattr(head, name) for name in ("base_layer", "use_dora", "lora_A"))
-    return [head] if is_one else []
-
-
 def become_plain(model: nn.Module) -> None:
     """Take back :func:`become_lazy`, wherever the heads are by now."""
     for module in model.modules():
-        if isinstance(module, LazyDora):
-            module.__class__ = type(module).__mro__[2]
+        adapters.become_plain(module)
         if not isinstance(module, LazyHead):
             continue
         kind = type(module)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from crossent.head import chunked
+from tests.helpers.training import QUIETLY
 
 trl = pytest.importorskip("trl")
 kernels = pytest.importorskip("trl.kernels")
@@ -95,20 +96,11 @@ def make(tokenizer, saved, tmp_path):
             )
         args = getattr(trl, f"{name}Config")(
             output_dir=str(tmp_path),
-            per_device_train_batch_size=2,
-            max_steps=2,
             learning_rate=0.01,
-            optim="sgd",
-            max_grad_norm=0.0,
-            lr_scheduler_type="constant",
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
             logging_steps=1,
             seed=1,
             gradient_checkpointing=False,
-            **{"bf16": False, **more},
+            **QUIETLY | {"bf16": False} | more,
         )
         keywords = {"args": args, "train_dataset": rows(name), "processing_class": tokenizer}
         if peft is not None:
