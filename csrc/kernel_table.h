@@ -32,12 +32,13 @@
 #pragma GCC target("arch=haswell")
 #endif
 
+#include "pass_kernels.h"
 #include "rank.h"
-#include "tile_kernels.h"
 
 const crossent::Kernels crossent::CROSSENT_TABLE = {
     CROSSENT_ISA::forward_rows<float>,     CROSSENT_ISA::forward_rows<double>,
     CROSSENT_ISA::backward_rows<float>,    CROSSENT_ISA::backward_rows<double>,
+    CROSSENT_ISA::pass_rows<float>,        CROSSENT_ISA::pass_rows<double>,
     CROSSENT_ISA::target_rank_rows<float>, CROSSENT_ISA::target_rank_rows<double>,
 };
 

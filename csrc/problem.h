@@ -88,10 +88,10 @@ struct Problem {
   Tensor1<const T> sample_weight;
   Options options;
   int64_t rows;  // how many there are
-  // Outputs of forward, contiguous: one number a row, loss and denominator_weight from row `first`
-  // on; of what is saved, first all the maxima, then all the rests, and so on. Statistics null
-  // where not wanted.
-  int64_t first = 0;
+  // Outputs of forward, contiguous: one number a row. Loss, denominator_weight and what is saved
+  // have room for `kept_rows` of them, from row `first` on; of what is saved, first all the maxima,
+  // then all the rests, and so on. Statistics are those of all rows; null where not wanted.
+  int64_t first = 0, kept_rows = 0;
   T *loss, *denominator_weight, *saved, *lse, *log_prob, *entropy;
   int64_t* argmax;
   int64_t* wrong;  // set to one if a target is neither a class nor ignored
@@ -102,7 +102,9 @@ struct Problem {
   CROSSENT_INLINE bool by_index() const { return probabilities.data == nullptr; }
   // Index targets without smoothing.
   CROSSENT_INLINE bool one_hot() const { return by_index() && options.label_smoothing == 0; }
-  CROSSENT_INLINE T& saved_at(int64_t row, Saved what) const { return saved[what * rows + row]; }
+  CROSSENT_INLINE T& saved_at(int64_t row, Saved what) const {
+    return saved[what * kept_rows + (row - first)];
+  }
   CROSSENT_INLINE int saved_count() const { return one_hot() ? kOneHotSaved : kSaved; }
   CROSSENT_INLINE bool mapped() const { return options.logit_scale != 1 || options.softcap != 0; }
 };
@@ -120,6 +122,8 @@ struct Kernels {
   void (*forward64)(const Problem<double>&, int64_t begin, int64_t end);
   void (*backward32)(const Problem<float>&, int64_t begin, int64_t end);
   void (*backward64)(const Problem<double>&, int64_t begin, int64_t end);
+  void (*pass32)(const Problem<float>&, int64_t begin, int64_t end);  // both, row by row
+  void (*pass64)(const Problem<double>&, int64_t begin, int64_t end);
   void (*target_rank32)(const Problem<float>&, int64_t begin, int64_t end,
                         const TargetRanks<float>& out);
   void (*target_rank64)(const Problem<double>&, int64_t begin, int64_t end,

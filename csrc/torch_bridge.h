@@ -1,12 +1,6 @@
 // From tensors to what kernels are given, through torch's stable ABI.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
@@ -17,13 +11,11 @@
 #endif
 
 #include "problem.h"
+#include "tensors.h"
 
 namespace {
 
 using crossent::Dtype;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 // Fewer logits than this are not worth a second thread.
 constexpr int64_t kGrain = 16384;
@@ -190,11 +182,14 @@ void run_backward(const crossent::Problem<T>& p, int64_t begin, int64_t end) {
 }
 
 template <class T>
-Sums sum_block(crossent::Problem<T> p, int64_t begin, int64_t end) {
-  T loss[kMostRows], denominator_weight[kMostRows];
-  p.first = begin, p.loss = loss, p.denominator_weight = denominator_weight;
-  run_forward(p, begin, end);
-  return {sum_of(loss, end - begin), sum_of(denominator_weight, end - begin)};
+void run_pass(const crossent::Problem<T>& p, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == 4) kernels().pass32(p, begin, end);
+  else kernels().pass64(p, begin, end);
+}
+
+template <class T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
 }
 
 }  // namespace

@@ -260,7 +260,7 @@ struct Row {
     crossent::Layout rows;
     rows.rank = 1, rows.size[0] = 1, rows.stride[0] = int64_t(z.size());
     gradient.resize(z.size());
-    p.classes = int64_t(z.size()), p.rows = 1;
+    p.classes = int64_t(z.size()), p.rows = p.kept_rows = 1;
     p.logits = {const_cast<T*>(z.data()), dtype, 1, rows};
     if (y) p.probabilities = {const_cast<T*>(y), dtype, 1, rows};
     p.index.data = &target;

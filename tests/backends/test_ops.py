@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import crossent
+from crossent.backends.ops import GRADIENT, NOTHING, ROWS
 from tests.helpers.backends import needs_kernels
 
 pytestmark = needs_kernels
@@ -36,7 +37,6 @@ def test_opcheck(kind, options, dtype, stats):
     saved = ops.forward(*given)[2]
     grad_output = torch.randn(6, dtype=saved.dtype)
     rest = (*given[1:4], saved, *given[5:10])
-    torch.library.opcheck(ops.total.default, given[:-1])
     torch.library.opcheck(ops.backward.default, (grad_output, given[0], *rest))
     torch.library.opcheck(ops.backward_.default, (given[0].clone(), grad_output, *rest))
 
@@ -46,10 +46,18 @@ def test_opcheck_with_autograd():
     torch.library.opcheck(ops.forward.default, (given[0].requires_grad_(), *given[1:]))
 
 
-def test_opcheck_small():
-    x, t = torch.randn(6, 9), torch.randint(0, 9, (6,))
-    for differentiate in (False, True):
-        torch.library.opcheck(ops.small.default, (x, t, -100, True, differentiate))
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keep", [NOTHING, GRADIENT, ROWS])
+def test_opcheck_loss(kind, dtype, keep):
+    x, t, *weights, wide, ignore_index, smoothing, z_loss, softcap, scale, stats = arguments(
+        kind, dtype, EVERYTHING, True
+    )
+    checks = ("test_schema", "test_faketensor")  # it says numbers, and is in no graph
+    torch.library.opcheck(ops.loss.default, (x, t, keep, True), test_utils=checks)
+    rest = (wide, smoothing, z_loss, softcap, scale, stats, 3.0, 0.0, torch.float32, 0.5)
+    given = (x, t, keep, False, ignore_index, *weights, *rest)
+    torch.library.opcheck(ops.loss.default, given, test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def fallback_reason(problem: Problem) -> str:
 def rows(problem: Problem) -> Rows:
     """The rows of a problem."""
     arguments = _arguments(problem)
-    if not torch.compiler.is_compiling() and _derivative_wanted(problem):
+    if not torch.compiler.is_compiling() and derivative_wanted(problem):
         fused: Any = _FusedRows  # torch leaves apply untyped
         out = fused.apply(problem.logits.source, arguments, problem)
     else:
@@ -78,12 +78,18 @@ def rows_in_place(problem: Problem, grad_output: Tensor | None) -> Rows:
 def _as_rows(problem: Problem, out: tuple[Tensor, ...]) -> Rows:
     """What ``crossent::forward`` returns, under its names."""
     loss, denominator_weight, _, lse, log_prob, entropy, argmax, _ = out
-    if not problem.options.return_stats:
-        return Rows(loss, denominator_weight, None)
+    shown = (lse, log_prob, entropy, argmax)
+    stats = as_stats(problem, *shown) if problem.options.return_stats else None
+    return Rows(loss, denominator_weight, stats)
+
+
+def as_stats(
+    problem: Problem, lse: Tensor, log_prob: Tensor, entropy: Tensor, argmax: Tensor
+) -> Stats:
+    """The kernels' statistics, and what follows from them."""
     target, valid = problem.target, problem.valid()
     label = target if problem.by_index else target.argmax(-1)
-    correct = (argmax == label) & valid
-    return Rows(loss, denominator_weight, Stats(lse, log_prob, entropy, argmax, correct, valid))
+    return Stats(lse, log_prob, entropy, argmax, (argmax == label) & valid, valid)
 
 
 def advise_huge_pages(memory: Tensor) -> None:
@@ -97,55 +103,27 @@ def target_rank(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return rank, runner_up, best
 
 
-class Sums(NamedTuple):
-    """Sums over the rows of a problem, which were never stored."""
-
-    loss: float
-    denominator_weight: float
-    saved: Tensor  # what backward needs of the rows
-    arguments: tuple[Any, ...]  # those of the operator
-
-
-def sums(problem: Problem) -> Sums:
-    """Sums of losses and of weights in the denominator; :func:`with_gradient` adds the graph."""
-    arguments = _arguments(problem)
-    with torch.no_grad():
-        totals, saved = torch.ops.crossent.total(*arguments)
-    loss, denominator_weight, wrong = totals.tolist()
-    if wrong:
-        problem.verified()  # raises, naming the place
-    return Sums(loss, denominator_weight, saved, arguments)
-
-
-def with_gradient(problem: Problem, sums: Sums, value: float, slope: float) -> Tensor:
-    """The reduced loss ``value``, 0-d, whose derivative by the sum of losses is ``slope``."""
-    if not _derivative_wanted(problem):
-        return _scalar(problem, value)
-    fused: Any = _FusedTotal
-    result: Tensor = fused.apply(problem.logits.source, problem, sums, value, slope)
-    return result
-
-
-def _scalar(problem: Problem, value: float) -> Tensor:
-    return torch.tensor(value, dtype=problem.logits.result_dtype, device="cpu")
-
-
-def _derivative_wanted(problem: Problem) -> bool:
+def derivative_wanted(problem: Problem) -> bool:
+    """Whether the logits' gradient will be asked for."""
     return torch.is_grad_enabled() and problem.logits.source.requires_grad
 
 
-def _arguments(problem: Problem) -> tuple[Any, ...]:
-    """The arguments of ``crossent::total``, and but for the last of ``crossent::forward``."""
-    options, dtype = problem.options, problem.logits.dtype
+def kernel_factors(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Target, class weights and sample weights as kernels take them."""
+    dtype = problem.logits.dtype
     weight, sample_weight = problem.weight, problem.sample_weight
     return (
-        problem.logits.rows,
         problem.target,
         None if weight is None else weight.to(dtype).contiguous(),
         None if sample_weight is None else sample_weight.to(dtype),
-        dtype == torch.float64,
-        *KernelOptions.of(options),
     )
+
+
+def _arguments(problem: Problem) -> tuple[Any, ...]:
+    """The arguments of ``crossent::forward`` but for the last."""
+    compute_in_float64 = problem.logits.dtype == torch.float64
+    options = KernelOptions.of(problem.options)
+    return (problem.logits.rows, *kernel_factors(problem), compute_in_float64, *options)
 
 
 class _FusedRows(torch.autograd.Function):
@@ -162,7 +140,7 @@ class _FusedRows(torch.autograd.Function):
         out: tuple[Tensor, ...] = torch.ops.crossent.forward(
             *arguments, problem.options.return_stats
         )
-        _keep(ctx, source, arguments, problem, out[2])
+        keep(ctx, source, arguments[1:4], problem, out[2])
         ctx.mark_non_differentiable(*out[1:])
         return out
 
@@ -170,75 +148,57 @@ class _FusedRows(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient, in the logits' memory if the caller allowed it."""
         grad_output = grad_outputs[0]
-        return (None if grad_output is None else _gradient(ctx, grad_output), None, None)
+        return (None if grad_output is None else gradient(ctx, grad_output), None, None)
 
 
-class _FusedTotal(torch.autograd.Function):
-    """The same of rows that are summed in passing."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, source: Tensor, problem: Problem, sums: Sums, value: float, slope: float
-    ) -> Tensor:
-        """The reduced loss."""
-        ctx.slope = slope
-        _keep(ctx, source, sums.arguments, problem, sums.saved)
-        return _scalar(problem, value)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradient of the sum of losses, times the derivative by it."""
-        grad_output = grad_outputs[0]
-        if grad_output is None:
-            return None, None, None, None, None
-        return _gradient(ctx, ctx.slope * grad_output.to(ctx.dtype)), None, None, None, None
-
-
-def _keep(
+def keep(
     ctx: Any,
     source: Tensor,
-    arguments: tuple[Any, ...],
+    factors: tuple[Tensor | None, ...],
     problem: Problem,
     saved: Tensor,
 ) -> None:
-    """Save what backward needs.
+    """Save what :func:`gradient` needs.
 
     No tensor is kept but those saved: they are watched for changes, offloaded, and let go.
     """
-    factors = arguments[1:4]
     ctx.save_for_backward(source, *factors, saved)
-    ctx.axis, ctx.dtype, ctx.options = problem.logits.axis, problem.logits.dtype, arguments[5:]
-    ctx.problem = problem.bare()
+    ctx.dtype, ctx.options = problem.logits.dtype, KernelOptions.of(problem.options)
+    ctx.axis, ctx.problem = problem.logits.axis, problem.bare()
     # Asked now: what is saved under hooks may be shared, without a version that tells.
     ctx.overwrite = problem.options.reuse_input and may_overwrite(source, *factors)
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+def gradient(ctx: Any, grad_output: Tensor) -> Tensor:
     """The gradient for a grad_output of each row, or one for all of them."""
     source, target, weight, sample_weight, saved = ctx.saved_tensors
     axis = ctx.axis
     if torch.is_grad_enabled() or not plain(grad_output):  # differentiated again, or batched
-        return _differentiable_gradient(ctx, source, grad_output, target, sample_weight, weight)
-    rows: Tensor = source.detach().movedim(axis, -1)
+        problem = held(ctx.problem, axis, source, (target, sample_weight, weight, None))
+        return differentiable_gradient(problem, grad_output)
+    rows: Tensor = source.movedim(axis, -1)
     inputs = (target, weight, sample_weight, saved, *ctx.options)
     if ctx.overwrite:
-        torch.ops.crossent.backward_(rows, grad_output, *inputs)
+        torch.ops.crossent.backward_(rows.detach(), grad_output, *inputs)
         increment_version(source)  # whoever still needs the logits gets an error, not gradients
         memory: Tensor = source.detach()
         return memory
-    gradient: Tensor = torch.ops.crossent.backward(grad_output, rows, *inputs)
+    gradient: Tensor = torch.ops.crossent.backward(grad_output, rows.detach(), *inputs)
     return gradient if axis == source.dim() - 1 else gradient.movedim(-1, axis)
 
 
-def _differentiable_gradient(
-    ctx: Any, source: Tensor, grad_output: Tensor, *factors: Tensor | None
-) -> Tensor:
+def differentiable_gradient(problem: Problem, grad_output: Tensor) -> Tensor:
     """The same gradient through the reference, whose graph autograd can follow."""
-    rows = source.movedim(ctx.axis, -1)
-    function = row_map(ctx.problem.holding(rows, (*factors, None)))
+    function, rows = row_map(problem), problem.logits.rows
     needed = (True,) + (False,) * (len(function.by_row) - 1)
     pullback = function.pullback(needed, (True,))
     grad_output = grad_output.expand(rows.shape[:-1])
-    gradient = by_blocks(pullback, rows, *factors, None, grad_output)[0]
-    return gradient.movedim(-1, ctx.axis)
+    found = by_blocks(pullback, rows, *problem.factors(), grad_output)[0]
+    return found.movedim(-1, problem.logits.axis)
+
+
+def held(bare: Problem, axis: int, source: Tensor, factors: tuple[Tensor | None, ...]) -> Problem:
+    """A problem that was kept without its tensors, with them."""
+    problem = bare.holding(source, factors)
+    return problem._replace(logits=problem.logits._replace(axis=axis))

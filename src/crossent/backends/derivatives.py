@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem.torch_internals import no_autocast, plain, transformed
+from ..problem.torch_internals import known_factor, no_autocast, plain, transformed
 
 MaybeTensors = tuple[Tensor | None, ...]
 Place = tuple[slice, ...]  # some rows: an index into the leading axes
@@ -84,6 +84,17 @@ def value_and_gradient(
         value = function(own)
         (gradient,) = torch.autograd.grad(value, own, grad_output.expand_as(value))
     return value.detach(), gradient
+
+
+def scale_(gradient: Tensor, factor: float | Tensor) -> None:
+    """Scale a gradient in place; what is zero stays zero, whatever the factor."""
+    number = factor if isinstance(factor, float) else known_factor(factor)
+    if number == 1:
+        return
+    zero = None if math.isfinite(number) else gradient == 0
+    gradient.mul_(factor)
+    if zero is not None:
+        gradient.masked_fill_(zero, 0)
 
 
 class RowMap(NamedTuple):

@@ -17,9 +17,9 @@ from ..problem.rows import Logits, Problem, Selection
 from ..problem.torch_internals import readable
 from ..problem.warnings import warn_if_probabilities
 from . import compiled as compiled  # registers what graphs are differentiated by
-from . import cpu, reference, small_calls
+from . import cpu, one_pass, reference
 from .derivatives import value_and_gradient
-from .reduction import finalize, reduce
+from .reduction import reduce
 from .results import Rows, Stats, lengthen
 
 
@@ -79,18 +79,14 @@ def loss(
 ) -> Tensor | tuple[Tensor, Stats]:
     """The loss of a call; ``(loss, Stats)`` where they are asked for."""
     if weight is sample_weight is denominator is None:
-        small = small_calls.loss(input, target, options)
-        if small is not None:
-            return small
+        plain = one_pass.plain_loss(input, target, options)
+        if plain is not None:
+            return plain
     problem = prepare(input, target, weight, sample_weight, denominator, options)
-    warn_if_probabilities(problem.logits.rows)
     options = problem.options
-    if _sums_suffice(problem, denominator) and choose(problem).name == "cpu":
-        sums = cpu.sums(problem)
-        value, slope = finalize(
-            sums.loss, sums.denominator_weight, options.reduction, denominator, options.empty
-        )
-        return cpu.with_gradient(problem, sums, value, slope)
+    if _divisor_is_known(problem, denominator) and choose(problem).name == "cpu":
+        return lengthen(*one_pass.loss(problem, denominator), problem.cut)
+    warn_if_probabilities(problem.logits.rows)
     found = rows(problem)
     reduced = reduce(
         found.loss, found.denominator_weight, options.reduction, denominator, options.empty
@@ -105,10 +101,9 @@ def rows(problem: Problem) -> Rows:
     return reference.served(problem.verified())
 
 
-def _sums_suffice(problem: Problem, denominator: float | Tensor | None) -> bool:
-    """Whether sums are all that is wanted of the rows, and what divides them is a number."""
-    options = problem.options
-    if options.return_stats or (denominator is None and options.reduction == "none"):
+def _divisor_is_known(problem: Problem, denominator: float | Tensor | None) -> bool:
+    """Whether what divides the sum of the rows follows from what can be looked at now."""
+    if denominator is None and problem.options.reduction == "none":
         return False
     if isinstance(denominator, Tensor) and (denominator.requires_grad or not readable(denominator)):
         return False

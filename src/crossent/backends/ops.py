@@ -1,12 +1,16 @@
 """The operators that kernels implement: schemas, fake kernels, autograd formulas.
 
 ``crossent::forward`` goes from rows of logits (*rows, V) to one loss a row, ``crossent::backward``
-to the gradient; ``backward_`` writes it into the logits. ``crossent::total`` is forward for those
-who want sums alone: float64 (3,), of loss, of denominator_weight, and what ``wrong`` says; the
-same bits for any number of threads. ``crossent::small`` is for the mean (or sum) of few float32
-logits (N, V) with plain int64 targets: loss, gradient (no elements where not wanted), and whether
-the slow path has to look closer, for a wrong target, nothing that counts, or probabilities.
-``crossent::advise_huge_pages`` asks for large pages under memory not yet touched.
+to the gradient; ``backward_`` writes it into the logits.
+
+``crossent::loss`` reduces: to the sum or mean, or to the sum over ``divisor``, in ``dtype`` (that
+of the logits where None); ``empty`` (nan where None) where what divides is 0. The same bits for any
+number of threads. ``keep`` says what is kept for backward: nothing, the gradient for a
+``grad_output``, made while a row is in the cache, or what ``backward`` needs. ``slope`` is the
+loss's derivative by the sum of the rows, and ``flags`` a set of the numbers below.
+
+``crossent::advise_huge_pages`` asks for large pages under memory not yet touched;
+``crossent::empty_cache`` gives those of freed gradients back, and says how many bytes they were.
 
 ``crossent::target_rank`` says where the target (n) of each row (n, V) stands: its rank (1 is best),
 the best of the other classes, that one's logit; 0, -1 and 0 where the target is no class.
@@ -35,6 +39,12 @@ from ..problem.options import Options
 
 # Numbers saved for each row, as in csrc/problem.h: fewer for index targets without smoothing.
 _SAVED, _PLAIN_SAVED = 5, 2
+
+# What crossent::loss keeps for backward, as in csrc/row_outputs.h.
+NOTHING, GRADIENT, ROWS = range(3)
+
+# Its flags, as in csrc/pass_ops.cpp.
+WRONG_TARGET, NOTHING_COUNTS, PROBABILITIES = 1, 2, 4
 
 
 class KernelOptions(NamedTuple):
@@ -75,10 +85,6 @@ library.define(
     " Tensor lse, Tensor log_prob, Tensor entropy, Tensor argmax, Tensor wrong)"
 )
 library.define(
-    f"total(Tensor logits, Tensor target, {_FACTORS}, bool compute_in_float64, {OPTIONS})"
-    " -> (Tensor totals, Tensor saved)"
-)
-library.define(
     f"backward(Tensor grad_output, Tensor logits, Tensor target, {_FACTORS}, Tensor saved,"
     f" {OPTIONS}) -> Tensor"
 )
@@ -87,13 +93,19 @@ library.define(
     f" {OPTIONS}) -> ()"
 )
 library.define(
-    "small(Tensor logits, Tensor target, int ignore_index, bool mean, bool differentiate)"
-    " -> (Tensor loss, Tensor gradient, int needs_slow_path)"
+    "loss(Tensor logits, Tensor target, int keep, bool mean, int ignore_index=-100,"
+    " Tensor? weight=None, Tensor? sample_weight=None, bool compute_in_float64=False,"
+    " float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, float logit_scale=1.0,"
+    " bool stats=False, float? divisor=None, float? empty=None, ScalarType? dtype=None,"
+    " float grad_output=1.0)"
+    " -> (Tensor loss, Tensor? kept, float slope, int flags,"
+    " Tensor? lse, Tensor? log_prob, Tensor? entropy, Tensor? argmax)"
 )
 library.define(
     "target_rank(Tensor logits, Tensor target) -> (Tensor rank, Tensor runner_up, Tensor best)"
 )
 library.define("advise_huge_pages(Tensor memory) -> ()")
+library.define("empty_cache() -> int")
 library.define(
     "sparsify(Tensor gradient, Tensor scale, Tensor target, Tensor row, float tau, bool unbiased,"
     " int seed, int limit) -> (Tensor start, Tensor column, Tensor value)"
@@ -132,18 +144,31 @@ def _forward(
     )
 
 
-@torch.library.register_fake("crossent::total", lib=library)
-def _total(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    saved = _forward(logits, target, *rest, False)[2]
-    return logits.new_empty(3, dtype=torch.float64), saved
-
-
-@torch.library.register_fake("crossent::small", lib=library)
-def _small(
-    logits: Tensor, target: Tensor, ignore_index: int, mean: bool, differentiate: bool
-) -> tuple[Tensor, Tensor, int]:
-    gradient = torch.empty_like(logits) if differentiate else logits.new_empty(0)
-    return logits.new_empty(()), gradient, 0
+@torch.library.register_fake("crossent::loss", lib=library)
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    keep: int,
+    mean: bool,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    compute_in_float64: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    stats: bool = False,
+    divisor: float | None = None,
+    empty: float | None = None,
+    dtype: torch.dtype | None = None,
+    grad_output: float = 1.0,
+) -> tuple[Any, ...]:
+    rest = (compute_in_float64, ignore_index, label_smoothing, 0.0, 0.0, 1.0, stats)
+    found = _forward(logits, target, weight, sample_weight, *rest)
+    kept = {NOTHING: None, GRADIENT: torch.empty_like(logits), ROWS: found[2]}[keep]
+    shown = found[3:7] if stats else (None,) * 4
+    return (logits.new_empty((), dtype=dtype), kept, 1.0, 0, *shown)
 
 
 @torch.library.register_fake("crossent::backward", lib=library)
@@ -165,6 +190,11 @@ def _target_rank(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor
 @torch.library.register_fake("crossent::advise_huge_pages", lib=library)
 def _advise_huge_pages(memory: Tensor) -> None:
     return None
+
+
+@torch.library.register_fake("crossent::empty_cache", lib=library)
+def _empty_cache() -> int:
+    return 0
 
 
 @torch.library.register_fake("crossent::sparsify", lib=library)

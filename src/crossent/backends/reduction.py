@@ -12,7 +12,6 @@ sum.
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import torch
@@ -50,28 +49,16 @@ def reduce(
     else:
         divisor = torch.as_tensor(denominator, dtype=loss.dtype, device=loss.device).reshape(())
     nothing = divisor == 0
-    if empty == "raise" and readable(nothing) and bool(nothing):
-        raise ValueError(_NOTHING_COUNTS)
+    if readable(nothing) and bool(nothing):
+        refuse_empty(empty)
     mean = total / divisor.masked_fill(nothing, 1)
     return mean.masked_fill(nothing, 0.0 if empty == "zero" else torch.nan)
 
 
-def finalize(
-    loss: float,
-    denominator_weight: float,
-    reduction: str,
-    denominator: float | Tensor | None,
-    empty: str,
-) -> tuple[float, float]:
-    """:func:`reduce` of sums that are numbers already, and its derivative by the sum of losses."""
-    if denominator is None and reduction == "sum":
-        return loss, 1.0
-    divisor = denominator_weight if denominator is None else float(denominator)
-    if divisor == 0:
-        if empty == "raise":
-            raise ValueError(_NOTHING_COUNTS)
-        return (0.0 if empty == "zero" else math.nan), 0.0
-    return loss / divisor, 1 / divisor
+def refuse_empty(empty: str) -> None:
+    """Raise for a mean over nothing where that is what ``empty`` says."""
+    if empty == "raise":
+        raise ValueError(_NOTHING_COUNTS)
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:

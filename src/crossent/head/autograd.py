@@ -7,15 +7,14 @@ plain torch, a block of rows at a time.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.derivatives import RowMap, by_blocks
+from ..backends.derivatives import RowMap, by_blocks, scale_
 from ..backends.numerics import ordered_sum
-from ..problem.torch_internals import known_factor, plain, saved_tensors_hooked
+from ..problem.torch_internals import plain, saved_tensors_hooked
 from .chunk_plan import Plan
 from .chunked import Gradients, PassResult, budget, chunked_pass
 from .linear_head import Head
@@ -70,7 +69,9 @@ class Fused(torch.autograd.Function):
             gradients, ctx.ready = ctx.ready, None
             if gradients is None:
                 gradients = _made(ctx, head, function, True).gradients
-            gradients = _scaled(gradients, grad_output)
+            for gradient in gradients:
+                if gradient is not None:
+                    scale_(gradient, grad_output)
         else:
             gradients = chunked_pass(head, function, ctx.plan, grad_output, needs).gradients
         return *as_given(head, gradients, needs), None, None, None, None
@@ -82,19 +83,6 @@ def _made(ctx: Any, head: Head, function: RowFunction, gradients: bool) -> PassR
     return chunked_pass(
         head, function, ctx.plan, ones if gradients else None, ctx.needs_input_grad[:_TENSORS]
     )
-
-
-def _scaled(gradients: Gradients, factor: Tensor) -> Gradients:
-    """Fresh gradients times a number; what is zero stays zero, whatever the number."""
-    number = known_factor(factor)
-    for gradient in gradients:
-        if gradient is None or number == 1:
-            continue
-        zero = None if math.isfinite(number) else gradient == 0
-        gradient.mul_(factor)
-        if zero is not None:
-            gradient.masked_fill_(zero, 0)
-    return gradients
 
 
 def as_given(head: Head, gradients: Gradients, needs: tuple[bool, ...]) -> Gradients:
