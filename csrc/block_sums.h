@@ -60,7 +60,8 @@ CROSSENT_INLINE T block_max(const T* z, int n, bool* nonfinite) {
 // exp(z - m) (m - z). m is finite and at least every element; -inf adds nothing; nan makes nan.
 // kFar: abs(m) > Exp::kFar. kTies: some element may equal m. Error of the sums, whatever their
 // terms and their number: those of the terms (exp: 2 ulp), and twice half an ulp from adding four
-// at a time; nothing more where four are equal.
+// at a time; nothing more where four are equal. The terms, kScale times too large, go to `terms`
+// where it is not null, those of the maximum among them.
 template <class T>
 struct BlockSum {
   Accumulator<T> below;
@@ -68,15 +69,15 @@ struct BlockSum {
   Accumulator<T> moment;
 };
 template <class T, bool kMoment, bool kFar, bool kTies>
-CROSSENT_INLINE BlockSum<T> block_sum(const T* z, int n, T maximum, Prefetch next) {
+CROSSENT_INLINE BlockSum<T> block_sum(const T* z, int n, T maximum, Prefetch next, T* terms) {
   constexpr int L = kLanes<T>;
   const T lowest = -std::numeric_limits<T>::infinity();
   const Origin<T> origin(maximum);
   LaneSum<T> sum, moment;
   I<T> others = {};  // how many are below m, in each lane
-  V<T> e[4], u[4];
+  V<T> e[4], u[4], t[4];
   const auto term = [&](V<T> x, int k) CROSSENT_INLINE_LAMBDA {
-    e[k] = origin.template exp<kFar>(x);
+    t[k] = e[k] = origin.template exp<kFar>(x);
     if (kTies) {
       const I<T> below = x != origin.m;
       others -= below;
@@ -90,9 +91,11 @@ CROSSENT_INLINE BlockSum<T> block_sum(const T* z, int n, T maximum, Prefetch nex
     for (int k = 0; k < 4; ++k) term(load(z + i + k * L), k);
     sum.add(e);
     if (kMoment) moment.add(u);
+    for (int k = 0; k < 4 && terms; ++k) store(terms + i + k * L, t[k]);
   }
   for (; i < n; i += L) {
     term(i + L <= n ? load(z + i) : load_tail(z, n, lowest), 0);
+    if (terms) store_tail(terms, i, n, t[0]);
     sum.add(e[0]);
     if (kMoment) moment.add(u[0]);
   }
@@ -103,10 +106,11 @@ CROSSENT_INLINE BlockSum<T> block_sum(const T* z, int n, T maximum, Prefetch nex
   return {sum.total() * unscale, ties, moment.total() * unscale};
 }
 template <class T, bool kMoment>
-CROSSENT_INLINE BlockSum<T> block_sum(const T* z, int n, T m, bool ties, Prefetch next) {
-  if (is_far(m)) return block_sum<T, kMoment, true, true>(z, n, m, next);
-  return ties ? block_sum<T, kMoment, false, true>(z, n, m, next)
-              : block_sum<T, kMoment, false, false>(z, n, m, next);
+CROSSENT_INLINE BlockSum<T> block_sum(const T* z, int n, T m, bool ties, Prefetch next,
+                                      T* terms = nullptr) {
+  if (is_far(m)) return block_sum<T, kMoment, true, true>(z, n, m, next, terms);
+  return ties ? block_sum<T, kMoment, false, true>(z, n, m, next, terms)
+              : block_sum<T, kMoment, false, false>(z, n, m, next, terms);
 }
 
 // Sum of a and of a (m - z), where a class with z = -inf and a = 0 adds nothing; and how many

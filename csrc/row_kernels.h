@@ -43,9 +43,10 @@ CROSSENT_INLINE bool any_nan(const T* z, int n) {
   return any;
 }
 
+// What is known of a row after one more block. `terms`, where not null: as block_sum has them.
 template <class T>
 CROSSENT_INLINE void forward_block(const Problem<T>& p, int64_t row, int64_t c, int n,
-                                   RowState<T>& s) {
+                                   RowState<T>& s, T* terms = nullptr) {
   alignas(64) T buffer[kBlock], target[kBlock];
   const T* z = read_logits(p, row, c, n, buffer);
   bool nonfinite;
@@ -57,11 +58,14 @@ CROSSENT_INLINE void forward_block(const Problem<T>& p, int64_t row, int64_t c, 
   if (raised) s.raise(top), s.top_block = c;
   if (s.m != -std::numeric_limits<T>::infinity()) {
     const Prefetch next = prefetch_from(p, row, c + n);
-    const BlockSum<T> sum = p.options.stats ? block_sum<T, true>(z, n, s.m, top == s.m, next)
-                                            : block_sum<T, false>(z, n, s.m, top == s.m, next);
+    const BlockSum<T> sum = p.options.stats
+                                ? block_sum<T, true>(z, n, s.m, top == s.m, next, terms)
+                                : block_sum<T, false>(z, n, s.m, top == s.m, next, terms);
     // One of those that equal the maximum is the one that is left out.
     s.rest += sum.below + (raised ? sum.ties - 1 : sum.ties);
     s.moment += sum.moment;
+  } else if (terms) {
+    for (int i = 0; i < n; ++i) terms[i] = 0;
   }
   if (p.one_hot()) return;
   const T m = s.m == -std::numeric_limits<T>::infinity() ? T(0) : s.m;

@@ -8,36 +8,36 @@
 
 namespace crossent::CROSSENT_ISA {
 
+constexpr int kFewClasses = 32;       // up to here, looking at each beats looking one up
 constexpr int kMaxLaneClasses = 256;  // a tile of this many classes stays in the first cache
 
-// Where the rows of a tile begin, in elements; lanes past the end repeat the last row.
+// Where the rows of a tile begin, in elements.
 template <class T>
 struct Tile {
   static constexpr int L = kLanes<T>;
-  int64_t offset[L] = {};
   bool unit = false;   // the rows are next to each other, class by class
-  bool dense = false;  // they are one after the other, with at least a row's classes between them
-  int64_t end = 0;     // of the memory from `offset` on that rows of this tensor are in
+  bool dense = false;  // they are `step` apart, with at least a row's classes between them
+  int64_t first, step;
+  int64_t end = 0;            // where dense: of the memory that rows of this tensor are in
+  int64_t scattered[L] = {};  // each, where neither holds; lanes past the end repeat the last row
 
   CROSSENT_INLINE Tile(const Tensor2& t, int64_t row, int count, int64_t rows, int64_t classes) {
     const Layout& layout = t.rows;
-    if (layout.rank == 1 && count == L) {
-      const int64_t step = layout.stride[0];
-      for (int l = 0; l < L; ++l) offset[l] = (row + l) * step;
+    first = layout(row);
+    const int run = layout.run(row, count, &step);
+    if (run == L) {
       unit = step == 1;
-      dense = t.class_stride == 1 && step >= classes;
+      dense = layout.rank == 1 && t.class_stride == 1 && step >= classes;
       end = (rows - 1) * step + classes;
-      return;
+      if (unit || dense) return;
     }
-    int64_t step;
     for (int l = 0; l < count;) {
-      const int64_t first = layout(row + l);
-      const int run = layout.run(row + l, count - l, &step);
-      for (int k = 0; k < run; ++k) offset[l + k] = first + k * step;
-      unit = run == L && step == 1;
-      l += run;
+      const int64_t from = layout(row + l);
+      const int next = layout.run(row + l, count - l, &step);
+      for (int k = 0; k < next; ++k) scattered[l + k] = from + k * step;
+      l += next;
     }
-    for (int l = count; l < L; ++l) offset[l] = offset[count - 1];
+    for (int l = count; l < L; ++l) scattered[l] = scattered[count - 1];
   }
 };
 
@@ -102,6 +102,14 @@ CROSSENT_INLINE void with_storage(const Tensor2& t, F f) {
   }
 }
 
+// How many classes of a dense tile are taken in blocks that are transposed: few that are left over
+// are cheaper one by one.
+template <class T>
+CROSSENT_INLINE int transposed_classes(int classes) {
+  constexpr int L = kLanes<T>;
+  return (classes % L <= L / 8 ? classes : classes + L - 1) / L * L;
+}
+
 // All classes of a tile: class c in out[c], which has room for a multiple of L of them. Rows one
 // after the other are read as they lie in memory and transposed in blocks; a block may look beyond
 // its row, but never beyond the tensor.
@@ -109,28 +117,37 @@ template <class T>
 CROSSENT_INLINE void read_tile(const Tensor2& t, const Tile<T>& tile, int classes, V<T>* out) {
   constexpr int L = kLanes<T>;
   T* each = reinterpret_cast<T*>(out);
+  const int64_t first = tile.first, step = tile.step;
+  const int whole = transposed_classes<T>(classes);
   with_storage<T>(t, [&](const auto* p, auto from, auto) CROSSENT_INLINE_LAMBDA {
-    if (tile.unit)
+    if (tile.unit) {
       for (int c = 0; c < classes; ++c)
-        for (int l = 0; l < L; ++l)
-          each[c * L + l] = from(p[tile.offset[0] + c * t.class_stride + l]);
-    else if (tile.dense && tile.offset[L - 1] + (classes + L - 1) / L * L <= tile.end)
-      for (int c = 0; c < classes; c += L) {
+        for (int l = 0; l < L; ++l) each[c * L + l] = from(p[first + c * t.class_stride + l]);
+    } else if (tile.dense && first + (L - 1) * step + whole <= tile.end) {
+      for (int c = 0; c < whole; c += L) {
         V<T> block[L];
         for (int l = 0; l < L; ++l) {
           alignas(64) T row[L];
-          const auto* place = p + tile.offset[l] + c;
-          __builtin_prefetch(place + (tile.offset[L - 1] - tile.offset[0]) + classes);  // next tile
+          const auto* place = p + first + l * step + c;
+          __builtin_prefetch(place + L * step);  // of the next tile
           for (int k = 0; k < L; ++k) row[k] = from(place[k]);
           block[l] = load(row);
         }
         transpose<T>(block);
         for (int k = 0; k < L; ++k) out[c + k] = block[k];
       }
-    else
+      for (int c = whole; c < classes; ++c) {
+        V<T> column;
+        for (int l = 0; l < L; ++l) column[l] = from(p[first + l * step + c]);
+        out[c] = column;
+      }
+    } else {
+      const bool even = tile.dense;
       for (int l = 0; l < L; ++l)
         for (int c = 0; c < classes; ++c)
-          each[c * L + l] = from(p[tile.offset[l] + c * t.class_stride]);
+          each[c * L + l] =
+              from(p[(even ? first + l * step : tile.scattered[l]) + c * t.class_stride]);
+    }
   });
 }
 
@@ -146,9 +163,31 @@ CROSSENT_INLINE void map_tile(const Problem<T>& p, V<T>* z, V<T>* slope = nullpt
   }
 }
 
-// The rows of a tile that are meant, back to where they belong. Rows without gaps between them are
-// transposed in blocks: one that reaches beyond its row is overwritten by the next rows of the
-// tile, so it goes first; near the end of the tile numbers are written one by one.
+// A tile whose rows lie one after the other without gaps, transposed block by block. It is put
+// together in the first cache: memory is written from one end to the other, and a block that reaches
+// beyond its row goes first, for the next rows overwrite what is not its own.
+template <class T, class S, class F>
+CROSSENT_INLINE void write_dense_tile(S* place, int classes, const V<T>* in, F to) {
+  constexpr int L = kLanes<T>;
+  alignas(64) S rows[(kMaxLaneClasses + 1) * L];
+  const int whole = transposed_classes<T>(classes), blocks = whole / L;
+  for (int b = 0; b < blocks; ++b) {
+    const int c = (b ? b - 1 : blocks - 1) * L;
+    V<T> block[L];
+    for (int k = 0; k < L; ++k) block[k] = in[c + k];
+    transpose<T>(block);
+    for (int l = 0; l < L; ++l) {
+      alignas(64) T row[L];
+      store(row, block[l]);
+      for (int k = 0; k < L; ++k) rows[l * classes + c + k] = to(row[k]);
+    }
+  }
+  for (int c = whole; c < classes; ++c)
+    for (int l = 0; l < L; ++l) rows[l * classes + c] = to(in[c][l]);
+  std::memcpy(place, rows, L * classes * sizeof(S));
+}
+
+// The rows of a tile that are meant, back to where they belong.
 template <class T>
 CROSSENT_INLINE void write_tile(const Tensor2& t, const Tile<T>& tile, int classes, int count,
                                 const bool* skip, const V<T>* in) {
@@ -157,30 +196,15 @@ CROSSENT_INLINE void write_tile(const Tensor2& t, const Tile<T>& tile, int class
   with_storage<T>(t, [&](auto* p, auto, auto to) CROSSENT_INLINE_LAMBDA {
     if (tile.unit && !skip) {
       for (int c = 0; c < classes; ++c)
-        for (int l = 0; l < L; ++l)
-          p[tile.offset[0] + c * t.class_stride + l] = to(each[c * L + l]);
-    } else if (tile.dense && !skip && tile.offset[1] - tile.offset[0] == classes) {
-      const int64_t end = tile.offset[L - 1] + classes;
-      const int blocks = (classes + L - 1) / L;
-      for (int b = 0; b < blocks; ++b) {
-        const int c = (b ? b - 1 : blocks - 1) * L, n = classes - c < L ? classes - c : L;
-        V<T> block[L];
-        for (int k = 0; k < L; ++k) block[k] = in[c + k];
-        transpose<T>(block);
-        for (int l = 0; l < L; ++l) {
-          alignas(64) T row[L];
-          store(row, block[l]);
-          auto* place = p + tile.offset[l] + c;
-          if (tile.offset[l] + c + L <= end)
-            for (int k = 0; k < L; ++k) place[k] = to(row[k]);
-          else
-            for (int k = 0; k < n; ++k) place[k] = to(row[k]);
-        }
-      }
+        for (int l = 0; l < L; ++l) p[tile.first + c * t.class_stride + l] = to(each[c * L + l]);
+    } else if (tile.dense && !skip && tile.step == classes) {
+      write_dense_tile<T>(p + tile.first, classes, in, to);
     } else {
+      const bool even = tile.unit || tile.dense;
       for (int l = 0; l < count; ++l)
         for (int c = 0; c < classes && !(skip && skip[l]); ++c)
-          p[tile.offset[l] + c * t.class_stride] = to(each[c * L + l]);
+          p[(even ? tile.first + l * tile.step : tile.scattered[l]) + c * t.class_stride] =
+              to(each[c * L + l]);
     }
   });
 }
@@ -241,7 +265,15 @@ struct Targets {
     std::memcpy(&target, at, sizeof target);
     std::memcpy(&ignored, is_ignored, sizeof ignored);
   }
-  // The number of each row at its target; 0 where there is none.
+  // The number of each row at its target, of those of class c in x[c]; 0 where there is none.
+  CROSSENT_INLINE V<T> pick(const V<T>* x, int classes) const {
+    if (classes > kFewClasses)
+      return look_up([&](int l, int c) CROSSENT_INLINE_LAMBDA { return x[c][l]; });
+    V<T> out{};
+    for (int c = 0; c < classes; ++c) out = target == Int(c) ? x[c] : out;
+    return out;
+  }
+  // The same of numbers that are somewhere else.
   template <class F>
   CROSSENT_INLINE V<T> look_up(F number) const {
     alignas(64) T out[L];

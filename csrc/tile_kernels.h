@@ -41,35 +41,41 @@ CROSSENT_INLINE LaneGap<T> lane_gap(const V<T>* z, int classes, V<T> m, I<T>& ne
   return g;
 }
 
-// What is known of the rows of a tile, as RowState. Rows that need the slow path are done one by
-// one: nan, infinite and far maxima, all masked, infinite sums.
+// What is known of the rows of a tile, as RowState: of their classes, and of their targets. Rows
+// that need the slow path are done one by one: nan, infinite and far maxima, all masked, infinite
+// sums.
 template <class T>
 struct TileState {
   V<T> m;
   I<T> needs_slow_path, ties;
   LaneSum<T> below, moment;
-  LaneGap<T> target, probability, uniform;
-  V<T> unmasked;
 
   CROSSENT_INLINE Accumulator<T> rest(int l) const {
     return below[l] * Accumulator<T>(Exp<T>::kUnscale) + double(ties[l] - 1);
   }
-  CROSSENT_INLINE RowState<T> row(int l) const {
-    RowState<T> s;
-    s.m = m[l];
-    s.rest = rest(l);
-    s.moment = moment[l] * Accumulator<T>(Exp<T>::kUnscale);
-    s.target_weight = target.weight[l], s.target_gap = target.gap[l];
-    s.probability_mass = probability.weight[l], s.probability_gap = probability.gap[l];
-    s.uniform_weight = uniform.weight[l], s.uniform_gap = uniform.gap[l];
-    s.unmasked = unmasked[l];
-    return s;
+};
+template <class T>
+struct TileTargets {
+  LaneGap<T> target, probability, uniform;
+  V<T> unmasked{};
+
+  CROSSENT_INLINE RowState<T> row(const TileState<T>& s, int l) const {
+    RowState<T> r;
+    r.m = s.m[l];
+    r.rest = s.rest(l);
+    r.moment = s.moment[l] * Accumulator<T>(Exp<T>::kUnscale);
+    r.target_weight = target.weight[l], r.target_gap = target.gap[l];
+    r.probability_mass = probability.weight[l], r.probability_gap = probability.gap[l];
+    r.uniform_weight = uniform.weight[l], r.uniform_gap = uniform.gap[l];
+    r.unmasked = unmasked[l];
+    return r;
   }
 };
 
-// The maximum, the sum of the others, and the moment where statistics are wanted.
-template <class T>
-CROSSENT_INLINE void sum_tile(const Problem<T>& p, const V<T>* z, TileState<T>& s) {
+// The maximum, the sum of the others, and the moment where statistics are wanted. The exps of all
+// classes, kScale times too large, go to `e` where it is not null.
+template <class T, bool kPlain>
+CROSSENT_INLINE void sum_tile(const Problem<T>& p, const V<T>* z, TileState<T>& s, V<T>* e) {
   const int classes = int(p.classes);
   V<T> m = splat(-std::numeric_limits<T>::infinity());
   I<T> nan = {};
@@ -85,52 +91,51 @@ CROSSENT_INLINE void sum_tile(const Problem<T>& p, const V<T>* z, TileState<T>& 
   s.below = sum_classes<T>(classes, [&](int c) CROSSENT_INLINE_LAMBDA {
     const I<T> tie = z[c] == m;
     ties -= tie;
-    return tie ? V<T>{} : origin.template exp<false>(z[c]);
+    const V<T> exp = origin.template exp<false>(z[c]);
+    if (e) e[c] = exp;
+    return tie ? V<T>{} : exp;
   });
   s.ties = ties;
-  if (p.options.stats)
+  if (!kPlain && p.options.stats)
     s.moment = sum_classes<T>(classes, [&](int c) CROSSENT_INLINE_LAMBDA {
       return origin.template exp<false>(z[c]) * origin.template gap<false>(z[c]);
     });
 }
 
-// What targets that are probabilities, or smoothed, need of all classes.
+// What targets that are probabilities y, or smoothed, need of all classes.
 template <class T>
-CROSSENT_INLINE void sum_targets(const Problem<T>& p, int64_t row, int count, const V<T>* z,
-                                 TileState<T>& s) {
+CROSSENT_INLINE void sum_targets(const Problem<T>& p, const V<T>* z, const V<T>* y, TileState<T>& s,
+                                 TileTargets<T>& t) {
   const T lowest = -std::numeric_limits<T>::infinity();
   const int classes = int(p.classes);
   const auto weight = [&](int c)
                           CROSSENT_INLINE_LAMBDA { return splat(p.weight ? p.weight[c] : T(1)); };
   if (!p.by_index()) {
-    V<T> y[kMaxLaneClasses];
-    read_tile(p.probabilities, Tile<T>(p.probabilities, row, count, p.rows, classes), classes, y);
-    s.target = lane_gap<T>(z, classes, s.m, s.needs_slow_path,
+    t.target = lane_gap<T>(z, classes, s.m, s.needs_slow_path,
                            [&](int c) CROSSENT_INLINE_LAMBDA { return y[c] * weight(c); });
     if (p.weight && p.options.stats)
-      s.probability = lane_gap<T>(z, classes, s.m, s.needs_slow_path,
+      t.probability = lane_gap<T>(z, classes, s.m, s.needs_slow_path,
                                   [&](int c) CROSSENT_INLINE_LAMBDA { return y[c]; });
   }
   if (p.options.label_smoothing != 0) {
-    s.uniform = lane_gap<T>(z, classes, s.m, s.needs_slow_path, [&](int c) CROSSENT_INLINE_LAMBDA {
+    t.uniform = lane_gap<T>(z, classes, s.m, s.needs_slow_path, [&](int c) CROSSENT_INLINE_LAMBDA {
       return z[c] == lowest ? V<T>{} : weight(c);
     });
-    for (int c = 0; c < classes; ++c) s.unmasked += z[c] == lowest ? V<T>{} : splat(T(1));
+    for (int c = 0; c < classes; ++c) t.unmasked += z[c] == lowest ? V<T>{} : splat(T(1));
   }
 }
 
 // finish_row of row_kernels.h for index targets without smoothing, z-loss and statistics.
-template <class T>
+template <class T, bool kPlain>
 CROSSENT_INLINE void finish_tile(const Problem<T>& p, int64_t row, int count, const V<T>* z,
-                                 const TileState<T>& s) {
+                                 const TileState<T>& s, const Targets<T>& targets) {
   using W = Accumulator<T>;
   constexpr int L = kLanes<T>;
-  const Targets<T> targets(p, row, count);
-  const V<T> picked = targets.look_up([&](int l, int c) CROSSENT_INLINE_LAMBDA { return z[c][l]; });
+  const V<T> picked = targets.pick(z, int(p.classes));
   V<T> weight = splat(T(1));
-  if (p.weight)
+  if (!kPlain && p.weight)
     weight = targets.look_up([&](int, int c) CROSSENT_INLINE_LAMBDA { return p.weight[c]; });
-  if (p.sample_weight.data) weight = weight * read_numbers(p.sample_weight, row, count);
+  if (!kPlain && p.sample_weight.data) weight = weight * read_numbers(p.sample_weight, row, count);
 
   alignas(64) double rest[L], log_sum[L];
   for (int l = 0; l < L; ++l) rest[l] = double(s.rest(l));
@@ -151,110 +156,149 @@ CROSSENT_INLINE void finish_tile(const Problem<T>& p, int64_t row, int count, co
       if (needs_slow_path[l]) forward_row(p, row + l);
 }
 
+// A tile as it is worked on: scored logits and their slopes, probabilities that are targets, exps.
 template <class T>
-CROSSENT_NOINLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
-  const int classes = int(p.classes);
-  V<T> z[kMaxLaneClasses];
-  read_tile(p.logits, Tile<T>(p.logits, row, count, p.rows, classes), classes, z);
-  map_tile(p, z);
+struct TileNumbers {
+  V<T> z[kMaxLaneClasses], slope[kMaxLaneClasses], y[kMaxLaneClasses], e[kMaxLaneClasses];
+
+  CROSSENT_INLINE void read(const Problem<T>& p, int64_t row, int count) {
+    const int classes = int(p.classes);
+    read_tile(p.logits, Tile<T>(p.logits, row, count, p.rows, classes), classes, z);
+  }
+  CROSSENT_INLINE void map(const Problem<T>& p, int64_t row, int count, bool slopes) {
+    const int classes = int(p.classes);
+    map_tile(p, z, slopes ? slope : nullptr);
+    if (p.by_index()) return;
+    read_tile(p.probabilities, Tile<T>(p.probabilities, row, count, p.rows, classes), classes, y);
+  }
+};
+
+// Whether nothing is asked for but torch's own loss of index targets: what tiles are made fast for.
+template <class T>
+CROSSENT_INLINE bool is_plain(const Problem<T>& p) {
+  return p.one_hot() && !p.options.stats && p.options.z_loss == 0 && !p.mapped() && !p.weight &&
+         !p.sample_weight.data;
+}
+
+// From the numbers to the outputs of forward.
+template <class T, bool kPlain>
+CROSSENT_INLINE void score_tile(const Problem<T>& p, int64_t row, int count,
+                                const TileNumbers<T>& t, const Targets<T>& targets, V<T>* e) {
   TileState<T> s{};
-  sum_tile(p, z, s);
-  if (!p.one_hot()) sum_targets(p, row, count, z, s);
-  if (p.one_hot() && !p.options.stats && p.options.z_loss == 0)
-    return finish_tile(p, row, count, z, s);
+  sum_tile<T, kPlain>(p, t.z, s, e);
+  if (kPlain || (p.one_hot() && !p.options.stats && p.options.z_loss == 0))
+    return finish_tile<T, kPlain>(p, row, count, t.z, s, targets);
+  TileTargets<T> of_targets{};
+  if (!p.one_hot()) sum_targets(p, t.z, t.y, s, of_targets);
   for (int l = 0; l < count; ++l) {
     const int64_t target = p.by_index() ? p.index(row + l) : 0;
     if (s.needs_slow_path[l]) forward_row(p, row + l);
     else if (p.by_index() && target == p.options.ignore_index) skip_row(p, row + l);
-    else finish_row(p, row + l, target, s.row(l));
+    else finish_row(p, row + l, target, of_targets.row(s, l));
   }
+}
+
+template <class T, bool kPlain>
+CROSSENT_NOINLINE void forward_tile(const Problem<T>& p, int64_t row, int count) {
+  TileNumbers<T> t;
+  t.read(p, row, count);
+  if (!kPlain) t.map(p, row, count, false);
+  score_tile<T, kPlain>(p, row, count, t, Targets<T>(p, row, count), static_cast<V<T>*>(nullptr));
 }
 
 // What the gradients of a tile's rows share. Rows that need the slow path are done one by one: nan
 // and far maxima, and targets that are no class.
-template <class T>
+template <class T, bool kPlain>
 struct TileFactors {
   GradientFactors<V<T>> g;
   V<T> target_class_weight;
   I<T> needs_slow_path;
 
   CROSSENT_INLINE TileFactors(const Problem<T>& p, int64_t row, int count,
-                              const Targets<T>& targets)
-      : g{}, target_class_weight(splat(T(1))) {
+                              const Targets<T>& targets) {
+    const V<T> saved_maximum = read_saved(p, row, count, kMaximum);
+    const I<T> near = (saved_maximum <= Exp<T>::kFar) & (saved_maximum >= -Exp<T>::kFar);
+    needs_slow_path = ~targets.ignored & ~(p.by_index() ? near & (targets.target >= 0) : near);
+    const V<T> rest = read_saved(p, row, count, kRest), one = splat(T(1));
+    g.m = near ? saved_maximum : V<T>{};
+    g.inverse = T(1) / (rest + T(1)), g.rest_share = rest * g.inverse;
+    g.scale = read_numbers(p.grad_output, row, count);
+    g.target_weight = target_class_weight = g.keep = one;
+    g.tilt = g.uniform = g.uniform_weight = V<T>{};
+    if (!kPlain) read_options(p, row, count, targets);
+  }
+  CROSSENT_INLINE void read_options(const Problem<T>& p, int64_t row, int count,
+                                    const Targets<T>& targets) {
     if (p.weight && p.by_index())
       target_class_weight =
           targets.look_up([&](int, int c) CROSSENT_INLINE_LAMBDA { return p.weight[c]; });
     g.target_weight = target_class_weight;
-    g.scale = read_numbers(p.grad_output, row, count);
+    g.keep = splat(T(1 - p.options.label_smoothing));
     if (p.sample_weight.data) g.scale = g.scale * read_numbers(p.sample_weight, row, count);
     if (!p.one_hot() || p.options.z_loss != 0)
       for (int l = 0; l < count; ++l) {
         const int64_t target = targets.at[l] < 0 ? 0 : targets.at[l];
-        const GradientFactors<T> one = gradient_factors(p, row + l, target);
-        g.target_weight[l] = one.target_weight, g.tilt[l] = one.tilt;
-        g.uniform[l] = one.uniform, g.uniform_weight[l] = one.uniform_weight;
+        const GradientFactors<T> own = gradient_factors(p, row + l, target);
+        g.target_weight[l] = own.target_weight, g.tilt[l] = own.tilt;
+        g.uniform[l] = own.uniform, g.uniform_weight[l] = own.uniform_weight;
       }
-    const V<T> saved_maximum = read_saved(p, row, count, kMaximum);
-    const I<T> near = (saved_maximum <= Exp<T>::kFar) & (saved_maximum >= -Exp<T>::kFar);
-    needs_slow_path = ~targets.ignored & ~(p.by_index() ? near & (targets.target >= 0) : near);
-    const V<T> rest = read_saved(p, row, count, kRest);
-    g.m = near ? saved_maximum : V<T>{};
-    g.inverse = T(1) / (rest + T(1)), g.rest_share = rest * g.inverse;
-    g.keep = splat(T(1 - p.options.label_smoothing));
   }
 };
 
-// The entries of index targets; `slope` where logits are mapped.
+// The entries of index targets, of class weight w, whose logits are z and whose
+// exps, kScale times too large, e.
 template <class T>
-CROSSENT_INLINE V<T> target_entries(const TileFactors<T>& factors, const Targets<T>& targets,
-                                    const Origin<T>& origin, const V<T>* z, const V<T>* slope) {
-  const GradientFactors<V<T>>& g = factors.g;
-  const V<T> z_target =
-      targets.look_up([&](int l, int c) CROSSENT_INLINE_LAMBDA { return z[c][l]; });
-  const V<T> probability = origin.template exp<false>(z_target) * Exp<T>::kUnscale * g.inverse;
-  const V<T> others = z_target == g.m ? g.rest_share : T(1) - probability;
+CROSSENT_INLINE V<T> target_entries(const GradientFactors<V<T>>& g, V<T> w, V<T> z, V<T> e) {
+  const V<T> probability = e * Exp<T>::kUnscale * g.inverse;
+  const V<T> others = z == g.m ? g.rest_share : T(1) - probability;
   const V<T> none = splat(-std::numeric_limits<T>::infinity());
-  const V<T> share = z_target == none ? V<T>{} : g.uniform;  // a masked target is not smoothed
-  const V<T> w = factors.target_class_weight;
-  const V<T> entry = target_gradient(g, probability, others, w, share * w);
-  if (!slope) return entry;
-  return entry * targets.look_up([&](int l, int c) CROSSENT_INLINE_LAMBDA { return slope[c][l]; });
+  const V<T> share = z == none ? V<T>{} : g.uniform;  // a masked target is not smoothed
+  return target_gradient(g, probability, others, w, share * w);
+}
+
+// From the numbers to the gradient, over the exps in `e`: those of all classes, kScale times too
+// large, unless they are still to be taken.
+template <class T, bool kPlain, bool kHasExps>
+CROSSENT_INLINE void differentiate_tile(const Problem<T>& p, int64_t row, int count,
+                                        TileNumbers<T>& t, const Targets<T>& targets) {
+  constexpr int L = kLanes<T>;
+  const int classes = int(p.classes);
+  const bool mapped = !kPlain && p.mapped(), by_index = kPlain || p.by_index();
+  using Int = typename Targets<T>::Int;
+  const TileFactors<T, kPlain> factors(p, row, count, targets);
+  const GradientFormula<T, V<T>> formula(factors.g, !kPlain && p.options.label_smoothing != 0);
+  if (!kHasExps) {
+    const Origin<T> origin(factors.g.m);
+    for (int c = 0; c < classes; ++c) t.e[c] = origin.template exp<false>(t.z[c]);
+  }
+  V<T> entry = target_entries<T>(factors.g, factors.target_class_weight, targets.pick(t.z, classes),
+                                 targets.pick(t.e, classes));
+  if (mapped) entry = entry * targets.pick(t.slope, classes);
+  for (int c = 0; c < classes; ++c) {
+    const V<T> w = splat(!kPlain && p.weight ? p.weight[c] : T(1)), e = t.e[c] * Exp<T>::kUnscale;
+    V<T> r = by_index ? formula.for_index(t.z[c], e, w)
+                      : formula.for_probabilities(t.z[c], e, w, t.y[c]);
+    if (mapped) r = r * t.slope[c];
+    r = targets.target == Int(c) ? entry : r;
+    t.e[c] = targets.ignored ? V<T>{} : r;
+  }
+  const bool any_slow = any<T>(factors.needs_slow_path);
+  bool skip[L];
+  if (any_slow || count < L)
+    for (int l = 0; l < L; ++l) skip[l] = factors.needs_slow_path[l];
+  const Tile<T> out(p.gradient, row, count, p.rows, classes);
+  write_tile(p.gradient, out, classes, count, any_slow || count < L ? skip : nullptr, t.e);
+  if (any_slow)
+    for (int l = 0; l < count; ++l)
+      if (skip[l]) backward_row(p, row + l);
 }
 
 template <class T>
 CROSSENT_NOINLINE void backward_tile(const Problem<T>& p, int64_t row, int count) {
-  constexpr int L = kLanes<T>;
-  const int classes = int(p.classes);
-  V<T> z[kMaxLaneClasses], y[kMaxLaneClasses], slope[kMaxLaneClasses], result[kMaxLaneClasses];
-  read_tile(p.logits, Tile<T>(p.logits, row, count, p.rows, classes), classes, z);
-  map_tile(p, z, slope);
-  if (!p.by_index())
-    read_tile(p.probabilities, Tile<T>(p.probabilities, row, count, p.rows, classes), classes, y);
-
-  const bool mapped = p.mapped();
-  const Targets<T> targets(p, row, count);
-  using Int = typename Targets<T>::Int;
-  const TileFactors<T> factors(p, row, count, targets);
-  const GradientFormula<T, V<T>> formula(factors.g, p.options.label_smoothing != 0);
-  const Origin<T> origin(factors.g.m);
-  const V<T> entry = target_entries(factors, targets, origin, z, mapped ? slope : nullptr);
-  for (int c = 0; c < classes; ++c) {
-    const V<T> w = splat(p.weight ? p.weight[c] : T(1));
-    const V<T> e = origin.template exp<false>(z[c]) * Exp<T>::kUnscale;
-    V<T> r =
-        p.by_index() ? formula.for_index(z[c], e, w) : formula.for_probabilities(z[c], e, w, y[c]);
-    if (mapped) r = r * slope[c];
-    r = targets.target == Int(c) ? entry : r;
-    result[c] = targets.ignored ? V<T>{} : r;
-  }
-  const bool any_slow = any<T>(factors.needs_slow_path);
-  bool skip[L];
-  for (int l = 0; l < L; ++l) skip[l] = factors.needs_slow_path[l];
-  const Tile<T> out(p.gradient, row, count, p.rows, classes);
-  write_tile(p.gradient, out, classes, count, any_slow || count < L ? skip : nullptr, result);
-  if (any_slow)
-    for (int l = 0; l < count; ++l)
-      if (skip[l]) backward_row(p, row + l);
+  TileNumbers<T> t;
+  t.read(p, row, count);
+  t.map(p, row, count, p.mapped());
+  differentiate_tile<T, false, false>(p, row, count, t, Targets<T>(p, row, count));
 }
 
 // Whether rows are better done side by side. Where classes are next to each other, a row alone has
@@ -277,10 +321,13 @@ CROSSENT_INLINE void each(bool together, int64_t begin, int64_t end, Row row, Ti
 
 template <class T>
 void forward_rows(const Problem<T>& p, int64_t begin, int64_t end) {
+  const bool plain = is_plain(p);
   each<T>(
       side_by_side(p, kForwardLanes), begin, end,
       [&](int64_t r) CROSSENT_INLINE_LAMBDA { forward_row(p, r); },
-      [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA { forward_tile(p, r, count); });
+      [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA {
+        plain ? forward_tile<T, true>(p, r, count) : forward_tile<T, false>(p, r, count);
+      });
 }
 template <class T>
 void backward_rows(const Problem<T>& p, int64_t begin, int64_t end) {

@@ -72,6 +72,16 @@ CROSSENT_INLINE V<T> load_tail(const T* p, int n, T fill) {
   if (n < kLanes<T>) return load(p, n, fill);
   return outside_tail<T>(n) ? splat(fill) : load(p + n - kLanes<T>);
 }
+// What belongs at i of n numbers, from a vector that load has filled, or load_tail.
+template <class T>
+CROSSENT_INLINE void store_tail(T* p, int i, int n, V<T> v) {
+  constexpr int L = kLanes<T>;
+  if (i + L <= n) return store(p + i, v);
+  alignas(64) T lanes[L];
+  store(lanes, v);
+  std::memcpy(p + i, n < L ? lanes : lanes + L - (n - i), (n - i) * sizeof(T));
+}
+
 // What sums of many T are kept in: more digits than T has, and a wider range. (Where long double is
 // double, sums of doubles over more than one block have the rounding of doubles.)
 template <class T>
