@@ -101,12 +101,15 @@ constexpr int kPassLanes = kMaxLaneClasses;
 template <class T>
 void pass_rows(const Problem<T>& p, int64_t begin, int64_t end) {
   const bool plain = is_plain(p);
-  each<T>(
-      side_by_side(p, kPassLanes), begin, end,
-      [&](int64_t r) CROSSENT_INLINE_LAMBDA { pass_row(p, r); },
-      [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA {
-        plain ? pass_tile<T, true>(p, r, count) : pass_tile<T, false>(p, r, count);
-      });
+  by_planes(p, begin, end, true,
+            [&](const Problem<T>& q, int64_t from, int64_t to) CROSSENT_INLINE_LAMBDA {
+              each<T>(
+                  side_by_side(q, kPassLanes), from, to,
+                  [&](int64_t r) CROSSENT_INLINE_LAMBDA { pass_row(q, r); },
+                  [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA {
+                    plain ? pass_tile<T, true>(q, r, count) : pass_tile<T, false>(q, r, count);
+                  });
+            });
 }
 
 }  // namespace crossent::CROSSENT_ISA

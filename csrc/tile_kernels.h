@@ -4,6 +4,7 @@
 #pragma once
 
 #include "gradient.h"
+#include "planes.h"
 #include "tile.h"
 
 namespace crossent::CROSSENT_ISA {
@@ -322,19 +323,26 @@ CROSSENT_INLINE void each(bool together, int64_t begin, int64_t end, Row row, Ti
 template <class T>
 void forward_rows(const Problem<T>& p, int64_t begin, int64_t end) {
   const bool plain = is_plain(p);
-  each<T>(
-      side_by_side(p, kForwardLanes), begin, end,
-      [&](int64_t r) CROSSENT_INLINE_LAMBDA { forward_row(p, r); },
-      [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA {
-        plain ? forward_tile<T, true>(p, r, count) : forward_tile<T, false>(p, r, count);
-      });
+  by_planes(p, begin, end, false,
+            [&](const Problem<T>& q, int64_t from, int64_t to) CROSSENT_INLINE_LAMBDA {
+              each<T>(
+                  side_by_side(q, kForwardLanes), from, to,
+                  [&](int64_t r) CROSSENT_INLINE_LAMBDA { forward_row(q, r); },
+                  [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA {
+                    plain ? forward_tile<T, true>(q, r, count)
+                          : forward_tile<T, false>(q, r, count);
+                  });
+            });
 }
 template <class T>
 void backward_rows(const Problem<T>& p, int64_t begin, int64_t end) {
-  each<T>(
-      side_by_side(p, kBackwardLanes), begin, end,
-      [&](int64_t r) CROSSENT_INLINE_LAMBDA { backward_row(p, r); },
-      [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA { backward_tile(p, r, count); });
+  by_planes(p, begin, end, true,
+            [&](const Problem<T>& q, int64_t from, int64_t to) CROSSENT_INLINE_LAMBDA {
+              each<T>(
+                  side_by_side(q, kBackwardLanes), from, to,
+                  [&](int64_t r) CROSSENT_INLINE_LAMBDA { backward_row(q, r); },
+                  [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA { backward_tile(q, r, count); });
+            });
 }
 
 }  // namespace crossent::CROSSENT_ISA

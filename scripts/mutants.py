@@ -47,7 +47,7 @@ _WHOLE = (
 )
 _BACKENDS = (
     "backends/derivative_formulas backends/dispatch backends/extreme_logits backends/kernels "
-    "backends/ops backends/reduction backends/reuse_input backends/small_calls"
+    "backends/ops backends/reduction backends/reuse_input backends/one_pass"
 )
 _LOSS = f"problem/* {_BACKENDS} {_WHOLE} learn/calculus head/linear* head/row_functions"
 _HEAD = "head/*"
@@ -61,7 +61,7 @@ MODULES = {
     "backends/reduction": f"{_LOSS} head/chunk_plan",
     "problem/warnings": (
         "problem/* options log_prob_and_entropy modules patching better_than_torch "
-        "backends/reduction backends/dispatch backends/small_calls report/diagnosis"
+        "backends/reduction backends/dispatch backends/one_pass report/diagnosis"
     ),
     "learn/calculus": (
         "learn/* problem/* log_prob_and_entropy options better_than_torch backends/reduction "

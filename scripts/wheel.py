@@ -24,7 +24,7 @@ SANITIZED_TESTS = (
     "backends/test_kernels.py",
     "backends/test_ops.py",
     "backends/test_reuse_input.py",
-    "backends/test_small_calls.py",
+    "backends/test_one_pass.py",
     "test_against_torch.py",
     "test_log_prob_and_entropy.py",
     "test_options.py",

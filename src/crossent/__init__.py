@@ -11,6 +11,7 @@ tensor([[-0.0596,  0.0596],
 import importlib
 from types import ModuleType
 
+from .backends.cpu import empty_cache
 from .backends.dispatch import BackendError, Choice
 from .backends.results import Stats
 from .functional import backend_for, cross_entropy, entropy, log_prob
@@ -58,6 +59,7 @@ __all__ = [
     "Steps",
     "backend_for",
     "cross_entropy",
+    "empty_cache",
     "entropy",
     "explain",
     "gradient",

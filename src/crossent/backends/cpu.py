@@ -97,6 +97,26 @@ def advise_huge_pages(memory: Tensor) -> None:
     torch.ops.crossent.advise_huge_pages(memory)
 
 
+def empty_cache() -> int:
+    """Give the memory of freed gradients back to the system; returns how many bytes they were.
+
+    A gradient of the logits of 4 MiB and more, once it is freed, leaves its pages to whoever needs
+    memory (``MADV_FREE``), and the next one of that size takes them again if nobody did: they are
+    still there, and need not be cleared. Until then they count as the process's. At most one
+    gradient for each thread and size waits like that, and eight in all.
+
+    Returns:
+        Bytes of address space; 0 where there are no kernels, or nothing waits.
+
+    Example:
+        >>> logits = torch.zeros(1024, 2048, requires_grad=True)
+        >>> crossent.cross_entropy(logits, torch.zeros(1024, dtype=torch.int64)).backward()
+        >>> logits.grad = None
+        >>> released = crossent.empty_cache()
+    """
+    return 0 if MISSING else int(torch.ops.crossent.empty_cache())
+
+
 def target_rank(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row (n, V): the target's rank, the best of the other classes, and its logit."""
     rank, runner_up, best = torch.ops.crossent.target_rank(logits, target)

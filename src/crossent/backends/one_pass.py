@@ -85,6 +85,11 @@ class Call(NamedTuple):
                 warn_if_probabilities(problem.logits.rows)
         return (loss, kept, slope, *stats)
 
+    def narrows(self, source: Tensor) -> bool:
+        """Whether the gradient is computed in a wider dtype than it has."""
+        compute_in_float64 = bool(self.others) and self.others[0]
+        return source.dtype.itemsize < (8 if compute_in_float64 else 4)
+
     def with_axis(self, rows: Tensor) -> Tensor:
         """Rows with the class axis where it was."""
         last = self.axis in (-1, rows.dim() - 1)
@@ -173,16 +178,17 @@ class _OnePass(torch.autograd.Function):
         if grad_output is None:
             return None, None, None
         if torch.is_grad_enabled() or not plain(grad_output):  # differentiated again, or batched
-            above = ctx.slope * grad_output
-            return cpu.differentiable_gradient(call.posed(source, factors), above), None, None
+            problem = call.posed(source, factors)
+            above = ctx.slope * grad_output.to(problem.logits.dtype)
+            return cpu.differentiable_gradient(problem, above), None, None
         gradient, ctx.ready = ctx.ready, None
         number = known_factor(grad_output)
-        if number != 1 and source.dtype.itemsize < 4:
-            gradient = None  # a half that is scaled would be rounded twice, or be 0 by now
-        if gradient is None:
-            again = 1.0 if source.dtype.itemsize >= 4 else number
-            gradient = call.run(source, factors, GRADIENT, again)[1]
-        if number != 1 and source.dtype.itemsize >= 4:
+        # Rounded already, what is narrower than what is computed in would be rounded twice if it
+        # were scaled; and a half may be 0 by now that is none when it is scaled first.
+        first = call.narrows(source) and number != 1
+        if gradient is None or first:
+            gradient = call.run(source, factors, GRADIENT, number if first else 1.0)[1]
+        if not first:
             scale_(gradient, number)
         return call.with_axis(gradient), None, None
 
