@@ -70,8 +70,7 @@ def memory() -> list[list[str]]:
     warm = torch.empty(FRESH)
 
     def large() -> None:
-        fresh = torch.empty(FRESH)
-        torch.ops.crossent.advise_huge_pages(fresh)
+        fresh = torch.ops.crossent.large_memory(warm, (FRESH,), torch.float32, True)
         fresh.zero_()
 
     found = alternate(

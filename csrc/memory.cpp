@@ -99,6 +99,33 @@ Buffer map(int64_t size) {
   return buffer;
 }
 
+// A tensor in pages of ours; nothing where there are none to be had.
+MaybeTensor in_own_pages(const int64_t* sizes, const int64_t* strides, int64_t rank, int64_t bytes,
+                         ScalarType dtype) {
+  if (!torch_from_blob || bytes < kLarge) return {};
+  const int64_t size = size_class(bytes);
+  Buffer buffer = freed().take(size);
+  if (!buffer.data) buffer = map(size);
+  if (!buffer.data) return {};
+  buffer.owner = std::this_thread::get_id();
+  const auto release = [](void*, void* context) {
+    const Buffer* own = static_cast<Buffer*>(context);
+    freed().put(*own);
+    delete own;
+  };
+  AtenTensorHandle handle = nullptr;
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      buffer.data, rank, sizes, strides, 0, type, aoti_torch_device_type_cpu(), -1, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, release, new Buffer(buffer)));
+  return Tensor(handle);
+}
+#else
+MaybeTensor in_own_pages(const int64_t*, const int64_t*, int64_t, int64_t, ScalarType) {
+  return {};
+}
+#endif
+
 // Whether elements lie one after the other in some order of the axes, each in a place of its own.
 bool is_dense(const Tensor& t) {
   std::vector<std::pair<int64_t, int64_t>> axes;
@@ -113,34 +140,6 @@ bool is_dense(const Tensor& t) {
   return true;
 }
 
-// A tensor laid out as another in pages of ours; nothing where there are none to be had.
-MaybeTensor in_own_pages(const Tensor& like) {
-  if (!torch_from_blob || bytes_of(like) < kLarge || !is_dense(like)) return {};
-  const int64_t size = size_class(bytes_of(like));
-  Buffer buffer = freed().take(size);
-  if (!buffer.data) buffer = map(size);
-  if (!buffer.data) return {};
-  buffer.owner = std::this_thread::get_id();
-  const auto release = [](void*, void* context) {
-    const Buffer* own = static_cast<Buffer*>(context);
-    freed().put(*own);
-    delete own;
-  };
-  AtenTensorHandle handle = nullptr;
-  const int32_t dtype =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type()));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_from_blob(buffer.data, like.dim(), like.sizes().data(), like.strides().data(), 0, dtype,
-                      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
-                      nullptr, 0, release, new Buffer(buffer)));
-  return Tensor(handle);
-}
-#else
-MaybeTensor in_own_pages(const Tensor&) { return {}; }
-#endif
-
-}  // namespace
-
 void advise_huge_pages(const Tensor& t) {
 #ifdef __linux__
   if (bytes_of(t) < kLarge) return;
@@ -151,15 +150,38 @@ void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
+int64_t item_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+Tensor large_memory(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool stays) {
+  return stays ? fresh(like, shape, dtype) : passing(like, shape, dtype);
+}
+
+}  // namespace
+
 Tensor fresh(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   Tensor t = torch::stable::new_empty(like, shape, dtype);
   advise_huge_pages(t);
   return t;
 }
 
+Tensor passing(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  int64_t count = 1;
+  for (size_t i = shape.size(); i-- > 0; count *= shape[i]) strides[i] = count;
+  const auto own = in_own_pages(shape.data(), strides.data(), int64_t(shape.size()),
+                                count * item_size(dtype), dtype);
+  return own ? *own : fresh(like, shape, dtype);
+}
+
 Tensor gradient_like(const Tensor& like) {
-  if (MaybeTensor own = in_own_pages(like)) return *own;
-  Tensor t = torch::stable::empty_like(like);
+  MaybeTensor own;
+  if (is_dense(like))
+    own = in_own_pages(like.sizes().data(), like.strides().data(), like.dim(), bytes_of(like),
+                       like.scalar_type());
+  if (own) return *own;
+  const Tensor t = torch::stable::empty_like(like);
   advise_huge_pages(t);
   return t;
 }
@@ -172,9 +194,7 @@ int64_t empty_cache() {
 #endif
 }
 
-STABLE_TORCH_LIBRARY_IMPL(crossent, CPU, m) {
-  m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages));
-}
+STABLE_TORCH_LIBRARY_IMPL(crossent, CPU, m) { m.impl("large_memory", TORCH_BOX(&large_memory)); }
 STABLE_TORCH_LIBRARY_IMPL(crossent, CompositeExplicitAutograd, m) {
   m.impl("empty_cache", TORCH_BOX(&empty_cache));
 }

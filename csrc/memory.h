@@ -9,13 +9,13 @@
 // page after page.
 Tensor fresh(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
 
-// Memory for a gradient, laid out as `like`. From 4 MiB on it is ours: freed, its pages go back to
-// the system lazily, and the next gradient of that size finds them warm if nobody wanted them in
-// the meantime.
+// The same for what does not stay: from 4 MiB on it is ours. Freed, its pages go back to the system
+// lazily, and what is next of that size finds them warm if nobody wanted them in the meantime.
+// torch cannot resize it.
+Tensor passing(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
+
+// The same for a gradient, laid out as `like`.
 Tensor gradient_like(const Tensor& like);
 
-// Asks for large pages under memory that has not been touched.
-void advise_huge_pages(const Tensor& t);
-
-// Gives the pages of freed gradients back at once; returns how many bytes these were.
+// Gives the pages of what has been freed back at once; returns how many bytes these were.
 int64_t empty_cache();

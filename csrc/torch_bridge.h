@@ -120,17 +120,18 @@ const crossent::Kernels& kernels() {
     const char* asked = std::getenv("CROSSENT_ISA");
     const std::string name = asked ? asked : "";
     const bool any = name.empty();
-    if ((any || name == "avx512") && __builtin_cpu_supports("avx512f") &&
+    if ((any || name == "avx512" || name == "avx512_bf16") && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
       return crossent::kAvx512;
     if ((any || name == "avx2") && __builtin_cpu_supports("avx2") &&
         __builtin_cpu_supports("fma") && supports_f16c())
       return crossent::kAvx2;
-    STD_TORCH_CHECK(any || name == "portable",
-                    "CROSSENT_ISA: expected portable, avx2 or avx512, and a machine that has it, "
-                    "got ",
-                    name);
+    STD_TORCH_CHECK(
+        any || name == "portable",
+        "CROSSENT_ISA: expected portable, avx2, avx512 or avx512_bf16, and a machine that "
+        "has it, got ",
+        name);
 #endif
     return crossent::kPortable;
   }();

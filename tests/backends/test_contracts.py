@@ -29,12 +29,24 @@ def test_contracts(name, compiler, tmp_path):
     flags, size, machines = SETS[name]
     if torch.backends.cpu.get_cpu_capability() not in machines:
         pytest.skip(f"this machine has no {name}")
-    program = tmp_path / name
     defines = (f"-DCROSSENT_ISA={name}", f"-DCROSSENT_VECTOR_BYTES={size}")
-    source = Path(__file__).parent / "contracts.cpp"
+    hold("contracts.cpp", compiler, (*flags, *defines), tmp_path)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no products of bfloat16")
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_contracts_of_products(compiler, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    hold("product_contracts.cpp", compiler, ("-march=cooperlake",), tmp_path)
+
+
+def hold(source, compiler, flags, folder):
+    """Build and run it; it prints what fails."""
+    program = folder / "program"
     options = ("-std=c++20", "-O2", "-fno-math-errno", "-Wno-psabi", f"-I{ROOT / 'csrc'}")
-    command = [compiler, *options, *flags, *defines, str(source), "-o", str(program)]
-    subprocess.run(command, check=True)
+    path = str(Path(__file__).parent / source)
+    subprocess.run([compiler, *options, *flags, path, "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -33,7 +33,7 @@ def truth(x, w, t, b, cap, scale):
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_numbers_and_gradients(monkeypatch, dtype, cap, bias):
-    monkeypatch.setattr(chunked, "BUDGET", 5 * 4 * V)
+    monkeypatch.setattr(chunked, "budget", lambda head: 5 * 4 * V)
     x, w, t, b = problem(dtype, bias)
     leaves = [v for v in (x, w, b) if v is not None]
     expected = truth(x, w, t, b, cap, 1.3)

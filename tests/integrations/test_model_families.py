@@ -42,7 +42,7 @@ def test_same_loss_and_gradients_without_logits(name, monkeypatch):
 def watched_without_notice(monkeypatch):
     """What measuring changes in crossent is undone after the test."""
     chunked, internals = measure.chunked, measure.torch_internals
-    monkeypatch.setattr(chunked, "BUDGET", chunked.BUDGET)
+    monkeypatch.setattr(chunked, "budget", chunked.budget)
     name = "_len_torch_dispatch_stack"
     monkeypatch.setattr(internals, name, getattr(internals, name))
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from crossent.head import chunk_plan
+from crossent.head import chunked
 from crossent.integrations import huggingface
 from tests.helpers.processes import on_processes
 from tests.helpers.sharding import WRAPPERS, local
@@ -159,7 +159,7 @@ def train(kind: str, setting: Setting, patched: bool) -> dict[str, Any]:
 def go_through(kind: str) -> dict[Setting, Any]:
     """All settings of a kind on this rank: results of both runs, or the error of the second."""
     warnings.simplefilter("ignore")
-    chunk_plan.plan.__kwdefaults__["budget"] = BUDGET
+    chunked.budget = lambda head: BUDGET
     results: dict[Setting, Any] = {}
     for setting in SETTINGS[kind]:
         plain = train(kind, setting, patched=False)
@@ -179,11 +179,11 @@ def all_results(alone: bool) -> list[dict[str, dict[Setting, Any]]]:
     """By rank; the processes start once, for importing takes longer than training."""
     if not alone:
         return on_processes(go_through_all, [kind for kind in SETTINGS if kind != "ZeRO-3"])
-    before = chunk_plan.plan.__kwdefaults__["budget"]
+    before = chunked.budget
     try:
         return [go_through_all(["ZeRO-3"])]
     finally:
-        chunk_plan.plan.__kwdefaults__["budget"] = before
+        chunked.budget = before
 
 
 def results_of(kind: str) -> list[dict[Setting, Any]]:

@@ -92,9 +92,12 @@ def as_stats(
     return Stats(lse, log_prob, entropy, argmax, (argmax == label) & valid, valid)
 
 
-def advise_huge_pages(memory: Tensor) -> None:
-    """Ask the system for large pages under fresh memory that has not been touched."""
-    torch.ops.crossent.advise_huge_pages(memory)
+def large_memory(
+    like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, stays: bool
+) -> Tensor:
+    """Memory that has not been touched, in large pages where it is large."""
+    memory: Tensor = torch.ops.crossent.large_memory(like, shape, dtype, stays)
+    return memory
 
 
 def empty_cache() -> int:
@@ -102,8 +105,8 @@ def empty_cache() -> int:
 
     A gradient of the logits of 4 MiB and more, once it is freed, leaves its pages to whoever needs
     memory (``MADV_FREE``), and the next one of that size takes them again if nobody did: they are
-    still there, and need not be cleared. Until then they count as the process's. At most one
-    gradient for each thread and size waits like that, and eight in all.
+    still there, and need not be cleared. So does what a fused head works in. Until then they count
+    as the process's. At most one for each thread and size waits like that, and eight in all.
 
     Returns:
         Bytes of address space; 0 where there are no kernels, or nothing waits.

@@ -130,12 +130,23 @@ def rows_and_gradient(problem: Problem, grad_output: Tensor | None) -> tuple[Row
     return found[0]._replace(loss=value), gradient
 
 
-def empty_with_huge_pages(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Fresh memory where ``like`` is; in large pages on a CPU, where each small one costs."""
-    memory: Tensor = like.new_empty(shape, dtype=dtype)
-    if memory.device.type == "cpu" and not cpu.MISSING:
-        cpu.advise_huge_pages(memory)
-    return memory
+def large_memory(
+    like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, stays: bool = True
+) -> Tensor:
+    """Fresh memory where ``like`` is; in large pages on a CPU, where each small one costs.
+
+    What does not stay may be memory that torch cannot resize.
+    """
+    if like.device.type == "cpu" and not cpu.MISSING:
+        return cpu.large_memory(like, shape, dtype, stays=stays)
+    return like.new_empty(shape, dtype=dtype)
+
+
+def has_bf16_products(like: Tensor) -> bool:
+    """Whether there are kernels for products of bfloat16, where ``like`` is."""
+    if like.device.type != "cpu" or cpu.MISSING:
+        return False
+    return bool(torch.ops.crossent.has_bf16_products())
 
 
 def log_prob(selection: Selection) -> Tensor:

@@ -9,8 +9,8 @@ number of threads. ``keep`` says what is kept for backward: nothing, the gradien
 ``grad_output``, made while a row is in the cache, or what ``backward`` needs. ``slope`` is the
 loss's derivative by the sum of the rows, and ``flags`` a set of the numbers below.
 
-``crossent::advise_huge_pages`` asks for large pages under memory not yet touched;
-``crossent::empty_cache`` gives those of freed gradients back, and says how many bytes they were.
+``crossent::large_memory`` is fresh memory in large pages; what does not stay may take what has been
+freed before. ``crossent::empty_cache`` gives that back, and says how many bytes it was.
 
 ``crossent::target_rank`` says where the target (n) of each row (n, V) stands: its rank (1 is best),
 the best of the other classes, that one's logit; 0, -1 and 0 where the target is no class.
@@ -19,6 +19,11 @@ the best of the other classes, that one's logit; 0, -1 and 0 where the target is
 (n + 1), column (int32), value; nothing at all where more than ``limit`` are left. Their product
 with a weight (V, D) is ``csr_matmul``; that of the transpose with x (n, D) is added by
 ``csr_matmul_add_``.
+
+``bf16_logits_``, ``bf16_times`` and ``bf16_outer_`` are products of bfloat16 features (n, D) and
+weight (V, D) with float32 logits and their gradients (n, V), where a machine has instructions for
+them (``has_bf16_products``): x W^T + bias, g W, and g^T x set or added. The last two take g rounded
+to bfloat16; what that loses of large entries is ``bf16_errors``, a sparse gradient as above.
 
 Targets are int64 (*rows), or probabilities (*rows, V). ``weight`` (V,), ``sample_weight`` (*rows)
 and ``grad_output`` (*rows), or 0-d for all rows, have the computing dtype, which is float64 if
@@ -104,7 +109,7 @@ library.define(
 library.define(
     "target_rank(Tensor logits, Tensor target) -> (Tensor rank, Tensor runner_up, Tensor best)"
 )
-library.define("advise_huge_pages(Tensor memory) -> ()")
+library.define("large_memory(Tensor like, int[] shape, ScalarType dtype, bool stays) -> Tensor")
 library.define("empty_cache() -> int")
 library.define(
     "sparsify(Tensor gradient, Tensor scale, Tensor target, Tensor row, float tau, bool unbiased,"
@@ -114,6 +119,11 @@ library.define("csr_matmul(Tensor start, Tensor column, Tensor value, Tensor wei
 library.define(
     "csr_matmul_add_(Tensor(a!) dweight, Tensor start, Tensor column, Tensor value, Tensor x) -> ()"
 )
+library.define("has_bf16_products() -> bool")
+library.define("bf16_logits_(Tensor(a!) logits, Tensor x, Tensor weight, Tensor? bias) -> ()")
+library.define("bf16_times(Tensor gradient, Tensor weight) -> Tensor")
+library.define("bf16_outer_(Tensor(a!) dweight, Tensor gradient, Tensor x, bool add) -> ()")
+library.define("bf16_errors(Tensor gradient) -> (Tensor start, Tensor column, Tensor value)")
 
 
 @torch.library.register_fake("crossent::forward", lib=library)
@@ -187,9 +197,9 @@ def _target_rank(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor
     return torch.empty_like(target), torch.empty_like(target), best
 
 
-@torch.library.register_fake("crossent::advise_huge_pages", lib=library)
-def _advise_huge_pages(memory: Tensor) -> None:
-    return None
+@torch.library.register_fake("crossent::large_memory", lib=library)
+def _large_memory(like: Tensor, shape: list[int], dtype: torch.dtype, stays: bool) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("crossent::empty_cache", lib=library)
@@ -198,6 +208,7 @@ def _empty_cache() -> int:
 
 
 @torch.library.register_fake("crossent::sparsify", lib=library)
+@torch.library.register_fake("crossent::bf16_errors", lib=library)
 def _sparsify(gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     left = torch.library.get_ctx().new_dynamic_size()
     start = gradient.new_empty(gradient.shape[0] + 1, dtype=torch.int64)
@@ -212,3 +223,14 @@ def _csr_matmul(start: Tensor, column: Tensor, value: Tensor, weight: Tensor) ->
 @torch.library.register_fake("crossent::csr_matmul_add_", lib=library)
 def _csr_matmul_add_(*_: Any) -> None:
     return None
+
+
+@torch.library.register_fake("crossent::bf16_logits_", lib=library)
+@torch.library.register_fake("crossent::bf16_outer_", lib=library)
+def _written_in_place(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("crossent::bf16_times", lib=library)
+def _bf16_times(gradient: Tensor, weight: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], weight.shape[1])

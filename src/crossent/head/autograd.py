@@ -115,7 +115,7 @@ def head_map(
     shared = (head.weight.to(dtype), bias)
     tensors = (head.input, *shared, head.low_input, low, *function.factors())
     row = sum(head.weight.shape) * dtype.itemsize
-    block = min(plan.chunk_rows, max(1, budget(head.input.device) // (4 * row)))
+    block = min(plan.chunk_rows, max(1, budget(head) // (4 * row)))
     return RowMap(call, (True, False, False, True, False, *function.by_row), 1, block), tensors
 
 

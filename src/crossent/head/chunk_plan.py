@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from ..problem.options import as_integer
 
-BUDGET = 64 * 2**20  # bytes of scratch memory on a CPU
+BUDGET = 64 * 2**20  # bytes of scratch memory that a CPU gives, or
+SHARE = 4  # one part in so many of the weight, whichever is more
 _BLOCK = 4 * 2**20  # bytes of weight that a product reads at a time (docs/performance.md)
 _EVEN = 16  # chunks are multiples of this many rows: whole vectors and product tiles
 
@@ -32,7 +33,8 @@ def plan(
     itemsize: int,
     *,
     convert: bool = False,
-    budget: int = BUDGET,
+    copies: int = 1,
+    budget: int | None = None,
     chunk_rows: int | None = None,
 ) -> Plan:
     """Chunks of about equal size that fit the budget, a pure function of the numbers.
@@ -41,7 +43,9 @@ def plan(
         rows, features, classes: N, D and V.
         itemsize: bytes of a number in the dtype that products are taken in.
         convert: whether the weight has another dtype, so that blocks of it are copies.
-        budget: bytes of scratch memory. One row is always taken, whatever it needs.
+        copies: of a row's features that exist at a time.
+        budget: bytes of scratch memory; None: :func:`scratch`. One row is always taken, whatever
+            it needs.
         chunk_rows: rows of a chunk; overrides the budget.
 
     Returns:
@@ -57,6 +61,8 @@ def plan(
     """
     if chunk_rows is not None:
         chunk_rows = check_chunk_rows(chunk_rows)
+    if budget is None:
+        budget = scratch(features, classes, itemsize)
     if budget <= 0:
         raise ValueError(f"budget: expected a number of bytes above 0, got {budget}")
     block = max(1, min(classes, min(_BLOCK, budget // 4) // (features * itemsize or 1)))
@@ -64,12 +70,25 @@ def plan(
         budget -= block * features * itemsize
     if chunk_rows is not None:
         return Plan(max(1, min(chunk_rows, rows)), block)
-    most = max(1, budget // ((classes + features) * itemsize))
+    most = max(1, budget // ((classes + copies * features) * itemsize))
     chunks = -(-rows // most) or 1
     even = -(-rows // chunks)
     if most >= _EVEN:
         even = min(-(-even // _EVEN) * _EVEN, most // _EVEN * _EVEN)
     return Plan(max(1, min(even, rows)), block)
+
+
+def scratch(features: int, classes: int, itemsize: int, least: int = BUDGET) -> int:
+    """Bytes of scratch memory beside a weight: ``least``, or a quarter of it in this dtype.
+
+    A large weight is read, and its gradient added to, once a chunk: it wants long chunks.
+
+    Example:
+        >>> from crossent.head.chunk_plan import scratch
+        >>> scratch(1024, 128256, 4) // 2**20
+        125
+    """
+    return max(least, features * classes * itemsize // SHARE)
 
 
 def check_chunk_rows(chunk_rows: int) -> int:

@@ -6,13 +6,12 @@ For each chunk, in one buffer that is reused:
     values, dlogits = what the rows are wanted for      (kernels write dlogits over the logits)
     dx = dlogits W,   dW += dlogits^T x,   db += sum of dlogits
 
-Products and sums are taken in float32 (float64 for float64) whatever the tensors hold; a weight in
-half precision is converted in blocks of classes. Rows that nothing is wanted of are left out.
+Sums are float32 (float64 for float64) whatever the tensors hold (products.py). Rows that nothing is
+wanted of are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from ..backends import dispatch
 from ..problem.torch_internals import no_autocast, readable
-from .chunk_plan import BUDGET, Plan, plan
+from .chunk_plan import BUDGET, Plan, plan, scratch
 from .linear_head import Head
+from .products import Halves, add_outer, products_of, takes_halves
 from .row_functions import RowFunction
 from .sparse import CSRRows
 
@@ -81,9 +81,11 @@ class _Work:
         self, head: Head, plan: Plan, rows: int, needs: tuple[bool, ...], dense: bool
     ) -> None:
         x, weight = head.input, head.weight
-        self.head, self.block, self.first, self.dense = head, plan.block, True, dense
+        self.head, self.first, self.dense = head, True, dense
+        self.products = products_of(head, plan.block)
         self.outputs: list[Tensor] = []
-        self.buffer = dispatch.empty_with_huge_pages(x, (rows, weight.shape[0]), head.dtype)
+        shape = (rows, weight.shape[0])
+        self.buffer = dispatch.large_memory(x, shape, head.dtype, stays=False)
         low = head.low_weight
         self.low_weight = None if low is None else low.to(head.dtype)
         self.dx = self._of_rows(x) if needs[0] else None
@@ -101,25 +103,13 @@ class _Work:
         """Memory for a gradient of a weight, which the first chunk fills."""
         if like is None:
             return None
-        return dispatch.empty_with_huge_pages(like, tuple(like.shape), self.head.dtype)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in blocks of classes, in the dtype of products."""
-        weight, dtype = self.head.weight, self.head.dtype
-        for begin in range(0, weight.shape[0], self.block):
-            block = slice(begin, begin + self.block)
-            yield block, weight[block].to(dtype)
+        stays = like.dtype == self.head.dtype  # else it is rounded afterwards
+        return dispatch.large_memory(like, tuple(like.shape), self.head.dtype, stays=stays)
 
     def logits(self, place: slice | Tensor, rows: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Features, those of the low-rank part, and logits of some rows."""
-        x = self.head.input[place].to(self.head.dtype).contiguous()
-        logits, bias = self.buffer[:rows], self.head.bias
-        for classes, weight in self.blocks():
-            out = logits[:, classes]
-            if bias is None:
-                torch.mm(x, weight.t(), out=out)
-            else:
-                torch.addmm(bias[classes].to(x.dtype), x, weight.t(), out=out)
+        x, logits = self.products.features(place), self.buffer[:rows]
+        self.products.logits(x, logits)
         if self.head.low_input is None or self.low_weight is None:
             return x, None, logits
         low = self.head.low_input[place].to(self.head.dtype).contiguous()
@@ -143,43 +133,36 @@ class _Work:
         self, place: slice | Tensor, x: Tensor, low: Tensor | None, gradient: Tensor | CSRRows
     ) -> None:
         """The gradients of some rows, from that of their logits."""
-        if self.dx is not None:
-            self.dx[place] = self.product(gradient)
-        if self.dlow is not None and self.low_weight is not None:
-            sparse = isinstance(gradient, CSRRows)
-            times = gradient.times if sparse else gradient.mm  # type: ignore[union-attr]
-            self.dlow[place] = times(self.low_weight)
-        for dweight, features in ((self.dweight, x), (self.dlow_weight, low)):
-            if dweight is not None and features is not None:
-                self.add_outer(dweight, features, gradient)
-        if self.dbias is not None:
-            if isinstance(gradient, CSRRows):
-                gradient.add_sum(self.dbias)
-            else:
+        if isinstance(gradient, CSRRows):
+            self._accumulate_sparse(place, x, low, gradient)
+        else:
+            wanted = self.dx is not None
+            dx = self.products.gradients(gradient, x, wanted, self.dweight, self.first)
+            if self.dx is not None and dx is not None:
+                self.dx[place] = dx
+            if self.dlow is not None and self.low_weight is not None:
+                self.dlow[place] = gradient.mm(self.low_weight)
+            if self.dlow_weight is not None and low is not None:
+                add_outer(self.dlow_weight, gradient, low, self.first)
+            if self.dbias is not None:
                 self.dbias += gradient.sum(0)
         self.first = False
 
-    def add_outer(self, dweight: Tensor, features: Tensor, gradient: Tensor | CSRRows) -> None:
-        """Add the gradient of a weight that some rows give; the first chunk fills its memory."""
-        if isinstance(gradient, CSRRows):
-            if self.first:
-                dweight.zero_()
-            gradient.add_outer(dweight, features)
-        else:
-            beta = 0 if self.first else 1
-            torch.addmm(dweight, gradient.t(), features, beta=beta, out=dweight)
-
-    def product(self, gradient: Tensor | CSRRows) -> Tensor:
-        """The gradient of the features of some rows."""
-        weight = self.head.weight
-        if isinstance(gradient, CSRRows):
-            return gradient.times(weight)
-        if weight.dtype == gradient.dtype:
-            return torch.mm(gradient, weight)
-        dx = gradient.new_zeros(gradient.shape[0], weight.shape[1])
-        for classes, block in self.blocks():
-            dx.addmm_(gradient[:, classes], block)
-        return dx
+    def _accumulate_sparse(
+        self, place: slice | Tensor, x: Tensor, low: Tensor | None, gradient: CSRRows
+    ) -> None:
+        """The same from a few entries of each row."""
+        if self.dx is not None:
+            self.dx[place] = gradient.times(self.head.weight)
+        if self.dlow is not None and self.low_weight is not None:
+            self.dlow[place] = gradient.times(self.low_weight)
+        for dweight, features in ((self.dweight, x), (self.dlow_weight, low)):
+            if dweight is not None and features is not None:
+                if self.first:
+                    dweight.zero_()
+                gradient.add_outer(dweight, features.to(dweight.dtype))
+        if self.dbias is not None:
+            gradient.add_sum(self.dbias)
 
     def result(self) -> PassResult:
         """What is left after the last chunk."""
@@ -193,19 +176,24 @@ class _Work:
 def plan_for(head: Head, chunk_rows: int | None) -> Plan:
     """How this head is gone through."""
     rows, features = head.input.shape
+    halves = takes_halves(head)
     return plan(
         rows,
         features,
         head.weight.shape[0],
         head.dtype.itemsize,
-        convert=head.weight.dtype != head.dtype,
-        budget=budget(head.input.device),
+        convert=head.weight.dtype != head.dtype and not halves,
+        copies=Halves.COPIES if halves else 1,
+        budget=budget(head),
         chunk_rows=chunk_rows,
     )
 
 
-def budget(device: torch.device) -> int:
-    """Bytes of scratch memory: a fixed sum on a CPU, a share of what is free on a GPU."""
+def budget(head: Head) -> int:
+    """Bytes of scratch memory: what the weight allows, more where a GPU has much that is free."""
+    classes, features = head.weight.shape
+    least = scratch(features, classes, head.dtype.itemsize, BUDGET)
+    device = head.input.device
     if device.type != "cuda" or torch.compiler.is_compiling():
-        return BUDGET
-    return max(BUDGET, torch.cuda.mem_get_info(device)[0] // 16)
+        return least
+    return max(least, torch.cuda.mem_get_info(device)[0] // 16)

@@ -66,10 +66,11 @@ def linear_cross_entropy(
         \frac{\partial \ell}{\partial W} = (p - y)\, x^\top, \quad
         \frac{\partial \ell}{\partial b} = p - y.
 
-    Logits are made in chunks of rows in one buffer (64 MiB of scratch memory on a CPU). Where the
-    loss is reduced, the gradients are made with them; for ``reduction="none"`` the logits are made
-    a second time. Rows that are ignored are left out of all of it. Products and sums are taken in
-    float32 (float64 for float64), so that half precision gives the same loss for every chunk size.
+    Logits are made in chunks of rows in one buffer (on a CPU 64 MiB of scratch memory, or a quarter
+    of the weight). Where the loss is reduced, the gradients are made with them; for
+    ``reduction="none"`` the logits are made a second time. Rows that are ignored are left out of
+    all of it. Products and sums are taken in float32 (float64 for float64), so that half precision
+    gives the same loss for every chunk size.
 
     Derivatives of higher order, and those by a tensor ``logit_scale``, by targets or weights, are
     taken by plain torch, a block of rows at a time. Forward mode and ``torch.func`` go through the

@@ -50,7 +50,7 @@ class Head(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What products are taken in: half precision is slow on a CPU, and never precise."""
+        """What products are summed in, and taken in but where bfloat16 will do (products.py)."""
         dtype = torch.promote_types(self.input.dtype, self.weight.dtype)
         if self.low_input is not None and self.low_weight is not None:
             dtype = torch.promote_types(dtype, self.low_input.dtype)
