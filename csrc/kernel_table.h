@@ -34,12 +34,18 @@
 
 #include "pass_kernels.h"
 #include "rank.h"
+#include "row_tiles.h"
 
 const crossent::Kernels crossent::CROSSENT_TABLE = {
-    CROSSENT_ISA::forward_rows<float>,     CROSSENT_ISA::forward_rows<double>,
-    CROSSENT_ISA::backward_rows<float>,    CROSSENT_ISA::backward_rows<double>,
-    CROSSENT_ISA::pass_rows<float>,        CROSSENT_ISA::pass_rows<double>,
-    CROSSENT_ISA::target_rank_rows<float>, CROSSENT_ISA::target_rank_rows<double>,
+    CROSSENT_ISA::forward_rows<float>,        CROSSENT_ISA::forward_rows<double>,
+    CROSSENT_ISA::backward_rows<float>,       CROSSENT_ISA::backward_rows<double>,
+    CROSSENT_ISA::pass_rows<float>,           CROSSENT_ISA::pass_rows<double>,
+    CROSSENT_ISA::target_rank_rows<float>,    CROSSENT_ISA::target_rank_rows<double>,
+    CROSSENT_ISA::backward_with_scale<float>, CROSSENT_ISA::backward_with_scale<double>,
+    CROSSENT_ISA::entropy_rows<float>,        CROSSENT_ISA::entropy_rows<double>,
+    CROSSENT_ISA::entropy_backward<float>,    CROSSENT_ISA::entropy_backward<double>,
+    CROSSENT_ISA::log_probs_rows<float>,      CROSSENT_ISA::log_probs_rows<double>,
+    CROSSENT_ISA::log_probs_backward<float>,  CROSSENT_ISA::log_probs_backward<double>,
 };
 
 #if defined(__clang__) && CROSSENT_VECTOR_BYTES == 64

@@ -43,7 +43,6 @@ void backward_into(const Tensor& gradient, const Tensor& grad_output, const Loss
     crossent::Problem<T> p = problem_of<T>(in);
     p.grad_output = numbers_of<T>(grad_output);
     p.saved = data_of<T>(saved);
-    p.kept_rows = p.rows;
     p.gradient = rows_of(gradient);
     for_rows(p, [](const auto& q, int64_t begin, int64_t end) { run_backward(q, begin, end); });
   });

@@ -116,7 +116,35 @@ struct TargetRanks {
   T* best;
 };
 
-// The kernels, compiled for one instruction set: rows begin to end of a problem.
+// K numbers of each row.
+template <class T>
+struct TensorK {
+  T* data = nullptr;
+  int64_t count = 0, stride = 1;
+  Layout rows;
+
+  CROSSENT_INLINE T operator()(int64_t row, int64_t k) const {
+    return data[rows(row) + k * stride];
+  }
+};
+// A class of a row that was chosen, and what its log-probability weighs in the gradient.
+constexpr int kMostLanes = 16;  // of any vector
+struct ChosenClass {
+  int64_t at;
+  double weight;
+};
+// K classes of each row, and their log-probabilities: outputs of forward, contiguous.
+template <class T>
+struct Selection {
+  TensorK<const int64_t> index;
+  T* log_prob = nullptr;
+  // Backward.
+  TensorK<const T> grad_output;
+  ChosenClass* room = nullptr;  // for the K classes of kMostLanes rows
+};
+
+// The kernels, compiled for one instruction set: rows begin to end of a problem. Backward writes a
+// gradient by the logits where there is memory for it, and one by the logit scale, one number a row.
 struct Kernels {
   void (*forward32)(const Problem<float>&, int64_t begin, int64_t end);
   void (*forward64)(const Problem<double>&, int64_t begin, int64_t end);
@@ -128,6 +156,18 @@ struct Kernels {
                         const TargetRanks<float>& out);
   void (*target_rank64)(const Problem<double>&, int64_t begin, int64_t end,
                         const TargetRanks<double>& out);
+  void (*backward_with_scale32)(const Problem<float>&, int64_t begin, int64_t end, double* scale);
+  void (*backward_with_scale64)(const Problem<double>&, int64_t begin, int64_t end, double* scale);
+  void (*entropy32)(const Problem<float>&, int64_t begin, int64_t end);
+  void (*entropy64)(const Problem<double>&, int64_t begin, int64_t end);
+  void (*entropy_backward32)(const Problem<float>&, int64_t begin, int64_t end, double* scale);
+  void (*entropy_backward64)(const Problem<double>&, int64_t begin, int64_t end, double* scale);
+  void (*log_probs32)(const Problem<float>&, int64_t begin, int64_t end, const Selection<float>&);
+  void (*log_probs64)(const Problem<double>&, int64_t begin, int64_t end, const Selection<double>&);
+  void (*log_probs_backward32)(const Problem<float>&, int64_t begin, int64_t end,
+                               const Selection<float>&, double* scale);
+  void (*log_probs_backward64)(const Problem<double>&, int64_t begin, int64_t end,
+                               const Selection<double>&, double* scale);
 };
 
 extern const Kernels kPortable, kAvx2, kAvx512;

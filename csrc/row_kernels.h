@@ -257,16 +257,21 @@ CROSSENT_INLINE GradientFactors<T> gradient_factors(const Problem<T>& p, int64_t
   return g;
 }
 
-// The entry of an index target, computed in double.
+// The entry of an index target, computed in double: by the scored logit, and by the stored one.
 template <class T>
-CROSSENT_INLINE T target_entry(const Problem<T>& p, int64_t row, int64_t target,
-                               const GradientFactors<T>& factors) {
+CROSSENT_INLINE double scored_target_entry(const Problem<T>& p, int64_t row, int64_t target,
+                                           const GradientFactors<T>& factors) {
   const GradientFactors<double> g = factors.in_double();
   const double z = scored_logit(p, row, target), w = p.weight ? double(p.weight[target]) : 1;
   const double probability = z == g.m ? g.inverse : std::exp(z - g.m) * g.inverse;
   const double others = z == g.m ? g.rest_share : 1 - probability;
   const bool masked = z == -std::numeric_limits<double>::infinity();  // no share of the smoothing
-  double entry = target_gradient(g, probability, others, w, masked ? 0 : g.uniform * w);
+  return target_gradient(g, probability, others, w, masked ? 0 : g.uniform * w);
+}
+template <class T>
+CROSSENT_INLINE T target_entry(const Problem<T>& p, int64_t row, int64_t target,
+                               const GradientFactors<T>& factors) {
+  double entry = scored_target_entry(p, row, target, factors);
   if (p.mapped()) entry *= double(map_slope<T>(splat(stored_logit(p, row, target)), p.options)[0]);
   return T(entry);
 }

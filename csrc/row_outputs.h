@@ -20,7 +20,6 @@ Tensor fresh_saved(const Tensor& logits, crossent::Problem<T>& p) {
   shape.insert(shape.begin(), p.saved_count());
   const Tensor saved = fresh(logits, shape, kDtype<T>);
   p.saved = data_of<T>(saved);
-  p.kept_rows = p.rows;
   return saved;
 }
 

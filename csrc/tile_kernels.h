@@ -54,6 +54,9 @@ struct TileState {
   CROSSENT_INLINE Accumulator<T> rest(int l) const {
     return below[l] * Accumulator<T>(Exp<T>::kUnscale) + double(ties[l] - 1);
   }
+  CROSSENT_INLINE Accumulator<T> moment_of(int l) const {
+    return moment[l] * Accumulator<T>(Exp<T>::kUnscale);
+  }
 };
 template <class T>
 struct TileTargets {
@@ -64,7 +67,7 @@ struct TileTargets {
     RowState<T> r;
     r.m = s.m[l];
     r.rest = s.rest(l);
-    r.moment = s.moment[l] * Accumulator<T>(Exp<T>::kUnscale);
+    r.moment = s.moment_of(l);
     r.target_weight = target.weight[l], r.target_gap = target.gap[l];
     r.probability_mass = probability.weight[l], r.probability_gap = probability.gap[l];
     r.uniform_weight = uniform.weight[l], r.uniform_gap = uniform.gap[l];

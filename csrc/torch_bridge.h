@@ -85,7 +85,7 @@ template <class T>
 crossent::Problem<T> problem_of(const LossInputs& in) {
   crossent::Problem<T> p{};
   p.classes = in.logits.size(in.logits.dim() - 1);
-  p.rows = count_rows(in.logits);
+  p.rows = p.kept_rows = count_rows(in.logits);
   p.logits = rows_of(in.logits);
   if (in.target.dim() == in.logits.dim()) {
     p.probabilities = rows_of(in.target);

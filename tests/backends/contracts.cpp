@@ -389,6 +389,8 @@ void transposed() {
     for (int j = 0; j < L; ++j) check(x[i][j] == T(100 * j + i), "transpose", x[i][j], 100 * j + i);
 }
 
+#include "row_contracts.h"
+
 int main() {
   exponential<float, ours::Origin<float>>("exp, float",
                                           [](float m) { return ours::Origin<float>(m); });
@@ -414,5 +416,6 @@ int main() {
   far<double>();
   transposed<float>();
   transposed<double>();
+  row_contracts();
   return failures > 100 ? 100 : failures;
 }

@@ -46,7 +46,11 @@ def test_backend_for_tells_what_hands_over():
     assert crossent.backend_for(x, t) == ("cpu", "native kernels")
     assert crossent.backend_for(x, t, backend="cpu").name == "cpu"
     assert "gradient" in crossent.backend_for(x, torch.rand(4, 5).requires_grad_()).reason
-    assert "tensor" in crossent.backend_for(x, t, logit_scale=torch.tensor(2.0)).reason
+    trained = torch.tensor(2.0, requires_grad=True)
+    assert crossent.backend_for(x, t, logit_scale=trained).name == "cpu"
+    assert crossent.backend_for(x, t, sample_weight=torch.rand(4).requires_grad_()).name == "cpu"
+    assert "gradient" in crossent.backend_for(x, t, torch.rand(5).requires_grad_()).reason
+    assert "tensor" in crossent.backend_for(x, t, logit_scale=torch.tensor(torch.inf)).reason
     seen = []
 
     def spy(z):
@@ -73,27 +77,63 @@ ce, lce = crossent.cross_entropy, crossent.linear_cross_entropy
 TARGET = torch.tensor([0, 2, 1])
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpu"])
-def test_a_backend_asked_for_by_name_serves_or_refuses(backend):
+def calls_for(backend):
+    """One of each kind that rows and heads have."""
     x, w, t = torch.randn(3, 5), torch.randn(5, 5), TARGET
     several = t.unsqueeze(1).expand(3, 2)
     scale = torch.tensor(1.0, requires_grad=True)
-    calls = [
+    return [
         lambda: crossent.entropy(x, backend=backend),
         lambda: crossent.log_prob(x, several, backend=backend),
         lambda: crossent.linear_entropy(x, w, backend=backend),
         lambda: crossent.linear_log_prob(x, w, several, backend=backend),
+        lambda: ce(x, t, backend=backend),
+        lambda: crossent.log_prob(x, t, backend=backend),
+        lambda: lce(x, w, t, backend=backend),
+        lambda: lce(x, w, t, logit_scale=scale, backend=backend),
+        lambda: lce(x[:0], w, t[:0], backend=backend),
+        lambda: crossent.linear_log_prob(x, w, t, backend=backend),
+        lambda: torch.func.grad(lambda z: ce(z, t, backend=backend))(x),
     ]
-    if backend == "triton":
-        calls += [
-            lambda: ce(x, t, backend=backend),
-            lambda: crossent.log_prob(x, t, backend=backend),
-            lambda: lce(x, w, t, backend=backend),
-            lambda: lce(x, w, t, logit_scale=scale, backend=backend),
-            lambda: lce(x[:0], w, t[:0], backend=backend),
-            lambda: crossent.linear_log_prob(x, w, t, backend=backend),
-            lambda: torch.func.grad(lambda z: ce(z, t, backend=backend))(x),
-        ]
-    for call in calls:
-        with pytest.raises(crossent.BackendError, match=f"backend: '{backend}'"):
+
+
+def test_a_backend_asked_for_by_name_serves_or_refuses():
+    for call in calls_for("triton"):
+        with pytest.raises(crossent.BackendError, match="backend: 'triton'"):
             call()
+
+
+@needs_kernels
+def test_the_kernels_asked_for_by_name_serve(monkeypatch):
+    served = [call() for call in calls_for("cpu")]
+    assert all(isinstance(value, torch.Tensor) for value in served)
+    monkeypatch.setattr(cpu, "MISSING", "its kernels were not built")
+    for call in calls_for("cpu"):
+        with pytest.raises(crossent.BackendError, match=r"backend: 'cpu'.*not built"):
+            call()
+
+
+@needs_kernels
+def test_kernels_serve_and_the_reference_is_not_asked(monkeypatch):
+    """A call that quietly goes to the reference would keep every other test green."""
+
+    def refuse(*_):
+        raise AssertionError("the reference was asked")
+
+    for name in ("rows", "served", "log_prob", "served_log_prob", "entropy", "served_entropy"):
+        monkeypatch.setattr(crossent.backends.reference, name, refuse)
+    x, t = torch.randn(3, 5, requires_grad=True), TARGET
+    several = t.unsqueeze(1).expand(3, 2)
+    scale, factor = torch.tensor(1.3, requires_grad=True), torch.rand(3, requires_grad=True)
+    w = torch.randn(5, 5)
+    for loss in (
+        crossent.entropy(x).sum(),
+        crossent.entropy(x, logit_scale=scale).sum(),
+        crossent.log_prob(x, several, logit_scale=scale).sum(),
+        crossent.log_prob(x, t, logit_scale=scale).sum(),
+        ce(x, t, logit_scale=scale, sample_weight=factor),
+        ce(x, t, logit_scale=scale.detach()),
+        crossent.linear_entropy(x, w).sum(),
+        crossent.linear_log_prob(x, w, several).sum(),
+    ):
+        loss.backward()

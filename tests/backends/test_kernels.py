@@ -73,6 +73,7 @@ def test_other_instruction_sets(isa):
     if isa == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this machine has no AVX2")
     files = ("test_options.py", "test_against_torch.py", "backends/test_numerics.py")
+    files += ("backends/test_cpu_rows.py",)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpu and not large", *files],
         cwd=Path(__file__).parents[1],

@@ -7,8 +7,3 @@ import pytest
 from crossent.backends import cpu
 
 needs_kernels = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING)
-
-
-def serving(backend: str) -> str:
-    """For functions that the CPU kernels do not have: asked for by name, they refuse."""
-    return "auto" if backend == "cpu" else backend

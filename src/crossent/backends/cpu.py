@@ -62,7 +62,7 @@ def rows(problem: Problem) -> Rows:
     wrong = out[-1]
     if problem.by_index and readable(wrong) and wrong.item():
         problem.verified()  # raises, naming the place
-    return _as_rows(problem, out)
+    return as_rows(problem, out)
 
 
 def rows_in_place(problem: Problem, grad_output: Tensor | None) -> Rows:
@@ -72,10 +72,10 @@ def rows_in_place(problem: Problem, grad_output: Tensor | None) -> Rows:
     if grad_output is not None:
         factors, options = arguments[1:4], arguments[5:]
         torch.ops.crossent.backward_(problem.logits.rows, grad_output, *factors, out[2], *options)
-    return _as_rows(problem, out)
+    return as_rows(problem, out)
 
 
-def _as_rows(problem: Problem, out: tuple[Tensor, ...]) -> Rows:
+def as_rows(problem: Problem, out: tuple[Tensor, ...]) -> Rows:
     """What ``crossent::forward`` returns, under its names."""
     loss, denominator_weight, _, lse, log_prob, entropy, argmax, _ = out
     shown = (lse, log_prob, entropy, argmax)

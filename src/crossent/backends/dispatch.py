@@ -17,7 +17,8 @@ from ..problem.rows import Logits, Problem, Selection
 from ..problem.torch_internals import readable
 from ..problem.warnings import warn_if_probabilities
 from . import compiled as compiled  # registers what graphs are differentiated by
-from . import cpu, one_pass, reference
+from . import compiled_rows as compiled_rows
+from . import cpu, cpu_rows, one_pass, reference
 from .derivatives import value_and_gradient
 from .reduction import reduce
 from .results import Rows, Stats, lengthen
@@ -44,7 +45,19 @@ def choose(problem: Problem) -> Choice:
     asked = _asked(requested, cpu.unsupported_reason(problem.logits.rows))
     if asked.name == "reference":
         return asked
-    transfer = cpu.fallback_reason(problem)
+    return _served(requested, cpu_rows.fallback_reason(problem))
+
+
+def _choose_for_logits(logits: Logits, *chosen: Tensor) -> Choice:
+    """The same of an entropy, or of the log-probabilities of several classes a row."""
+    requested = logits.options.backend
+    asked = _asked(requested, cpu.unsupported_reason(logits.rows))
+    if asked.name == "reference":
+        return asked
+    return _served(requested, cpu_rows.fallback_reason_of_logits(logits, *chosen))
+
+
+def _served(requested: str, transfer: str) -> Choice:
     if transfer:
         return Choice("reference", f"the cpu kernels cannot serve it: {transfer}")
     return Choice("cpu", "asked for by name" if requested == "cpu" else "native kernels")
@@ -85,6 +98,7 @@ def loss(
     problem = prepare(input, target, weight, sample_weight, denominator, options)
     options = problem.options
     if _divisor_is_known(problem, denominator) and choose(problem).name == "cpu":
+        problem = cpu_rows.with_plain_factors(problem)
         return lengthen(*one_pass.loss(problem, denominator), problem.cut)
     warn_if_probabilities(problem.logits.rows)
     found = rows(problem)
@@ -97,12 +111,14 @@ def loss(
 def rows(problem: Problem) -> Rows:
     """One loss for each row of a problem."""
     if choose(problem).name == "cpu":
-        return cpu.rows(problem)
+        return cpu_rows.rows(problem)
     return reference.served(problem.verified())
 
 
 def _divisor_is_known(problem: Problem, denominator: float | Tensor | None) -> bool:
     """Whether what divides the sum of the rows follows from what can be looked at now."""
+    if cpu_rows.has_trained_factors(problem):
+        return False
     if denominator is None and problem.options.reduction == "none":
         return False
     if isinstance(denominator, Tensor) and (denominator.requires_grad or not readable(denominator)):
@@ -151,32 +167,61 @@ def has_bf16_products(like: Tensor) -> bool:
 
 def log_prob(selection: Selection) -> Tensor:
     """The log-probabilities of a selection (*rows, K)."""
-    problem = selection.as_problem()
-    if problem is not None and choose(problem).name == "cpu":
-        return -cpu.rows(problem).loss.unsqueeze(-1)
-    if problem is None:
-        check_selection(selection)
-    return reference.served_log_prob(selection)
+    problem, choice = selection.as_problem(), check_selection(selection)
+    if choice.name != "cpu":
+        return reference.served_log_prob(selection)
+    if problem is not None:
+        return -cpu_rows.rows(problem).loss.unsqueeze(-1)
+    return cpu_rows.log_prob(selection)
 
 
 def entropy(logits: Logits) -> Tensor:
     """The entropy of each row."""
-    check_entropy(logits)
+    if check_entropy(logits).name == "cpu":
+        return cpu_rows.entropy(logits)
     return reference.served_entropy(logits)
 
 
-def check_selection(selection: Selection) -> None:
-    """Raise where a backend was asked for by name that cannot serve these classes."""
+def log_prob_and_gradient(
+    selection: Selection, grad_output: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The log-probabilities, without a graph; with a grad_output also the logits' gradient."""
+    logits = selection.logits
+    if grad_output is not None:
+        grad_output = grad_output.to(logits.dtype)
+    if check_selection(selection).name == "cpu":
+        return cpu_rows.log_prob_and_gradient(selection, grad_output)
+
+    def of(rows: Tensor) -> Tensor:
+        return reference.log_prob(selection._replace(logits=logits.of(rows)))
+
+    return value_and_gradient(of, logits.rows, grad_output)
+
+
+def entropy_and_gradient(
+    logits: Logits, grad_output: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same of entropies."""
+    if grad_output is not None:
+        grad_output = grad_output.to(logits.dtype)
+    if check_entropy(logits).name == "cpu":
+        return cpu_rows.entropy_and_gradient(logits, grad_output)
+    return value_and_gradient(
+        lambda rows: reference.entropy(logits.of(rows)), logits.rows, grad_output
+    )
+
+
+def check_selection(selection: Selection) -> Choice:
+    """Who serves these classes; raises where a backend was asked for by name that cannot."""
     problem = selection.as_problem()
     if problem is not None:
-        choose(problem)
-    else:
-        _asked(selection.options.backend, "its kernels take one index a row")
+        return choose(problem)
+    return _choose_for_logits(selection.logits, selection.chosen)
 
 
-def check_entropy(logits: Logits) -> None:
-    """Raise where a backend was asked for by name that has no entropy."""
-    _asked(logits.options.backend, "it has no kernels for the entropy with its gradient")
+def check_entropy(logits: Logits) -> Choice:
+    """Who serves the entropy; raises where a backend was asked for by name that cannot."""
+    return _choose_for_logits(logits)
 
 
 def target_rank(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

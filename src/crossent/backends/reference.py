@@ -121,16 +121,20 @@ def log_prob(selection: Selection) -> Tensor:
 
 def served_log_prob(selection: Selection) -> Tensor:
     """:func:`log_prob`, with derivatives of any order, a few rows at a time."""
-    bare, logits = selection.bare(), selection.logits
+    logits = selection.logits
+    scale = None if logits.scale is None else logits.scale.to(logits.dtype)
+    return by_blocks(log_prob_map(selection), logits.rows, selection.chosen, scale)[0]
+
+
+def log_prob_map(selection: Selection) -> RowMap:
+    """The log-probabilities as a function of logits, classes and scale, which it does not keep."""
+    bare, like = selection.bare(), selection.logits.rows
 
     def call(rows: Tensor, *factors: Tensor | None) -> tuple[Tensor]:
         return (log_prob(bare.holding(rows, factors)),)
 
-    row_size = logits.rows.shape[-1] + selection.chosen.shape[-1]
-    block = rows_at_once(row_size, logits.rows.device)
-    function = RowMap(call, (True, True, False), logits.rows.dim() - 1, block)
-    scale = None if logits.scale is None else logits.scale.to(logits.dtype)
-    return by_blocks(function, logits.rows, selection.chosen, scale)[0]
+    block = rows_at_once(like.shape[-1] + selection.chosen.shape[-1], like.device)
+    return RowMap(call, (True, True, False), like.dim() - 1, block)
 
 
 def entropy(logits: Logits) -> Tensor:
@@ -142,14 +146,18 @@ def entropy(logits: Logits) -> Tensor:
 def served_entropy(logits: Logits) -> Tensor:
     """:func:`entropy`, with derivatives of any order, a few rows at a time."""
     scale = None if logits.scale is None else logits.scale.to(logits.dtype)
-    bare = logits.bare()
+    return by_blocks(entropy_map(logits), logits.rows, scale)[0]
+
+
+def entropy_map(logits: Logits) -> RowMap:
+    """The entropies as a function of logits and scale, which it does not keep."""
+    bare, like = logits.bare(), logits.rows
 
     def call(rows: Tensor, scale: Tensor | None) -> tuple[Tensor]:
         return (entropy(bare.of(rows).scaled_by(scale)),)
 
-    block = rows_at_once(logits.rows.shape[-1], logits.rows.device)
-    function = RowMap(call, (True, False), logits.rows.dim() - 1, block)
-    return by_blocks(function, logits.rows, scale)[0]
+    block = rows_at_once(like.shape[-1], like.device)
+    return RowMap(call, (True, False), like.dim() - 1, block)
 
 
 def map_logits(logits: Logits, read: Tensor | None = None) -> Tensor:

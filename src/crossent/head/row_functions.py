@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch, reference
-from ..backends.derivatives import MaybeTensors, value_and_gradient
+from ..backends.derivatives import MaybeTensors
 from ..backends.eligibility import needs_reference
 from ..backends.results import FILL_VALUES
 from ..problem.rows import BY_ROW, Logits, Problem, Selection
@@ -157,16 +157,14 @@ class LogProbRows(NamedTuple):
     def compute(
         self, place: Place, logits: Tensor, grad_output: Tensor | None
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Through the kernels for one class a row, else through the reference."""
+        """Through the kernels where they serve; for one class a row in place."""
         selection = self.selection
         part = selection._replace(
             chosen=selection.chosen[place], logits=selection.logits.of(logits)
         )
         problem = part.as_problem()
         if problem is None:
-            value, gradient = value_and_gradient(
-                lambda z: LogProbRows(part).values(z)[0], logits, grad_output
-            )
+            value, gradient = dispatch.log_prob_and_gradient(part, grad_output)
             return (value,), gradient
         above = None if grad_output is None else -grad_output.squeeze(-1)
         rows, gradient = dispatch.rows_and_gradient(problem, above)
@@ -218,8 +216,8 @@ class EntropyRows(NamedTuple):
     def compute(
         self, place: Place, logits: Tensor, grad_output: Tensor | None
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Through the reference."""
-        value, gradient = value_and_gradient(lambda z: self.values(z)[0], logits, grad_output)
+        """Through the kernels where they serve."""
+        value, gradient = dispatch.entropy_and_gradient(self.logits.of(logits), grad_output)
         return (value,), gradient
 
     def values(self, logits: Tensor) -> tuple[Tensor]:

@@ -103,11 +103,11 @@ def _logits(input: Tensor, source: Tensor, axis: int, options: Options, *factors
         dtype = torch.promote_types(dtype, factor.dtype)
     result = options.return_dtype or dtype
     compute = torch.promote_types(torch.promote_types(dtype, result), torch.float32)
-    _check_cap(options, compute)
+    check_cap(options, compute)
     return Logits(source, axis, compute, result, options)
 
 
-def _check_cap(options: Options, dtype: torch.dtype) -> None:
+def check_cap(options: Options, dtype: torch.dtype) -> None:
     """Raise where a cap, or what it divides by, is no normal number of the computing dtype."""
     cap, scale, info = options.softcap, options.logit_scale, torch.finfo(dtype)
     if cap is None or isinstance(scale, Tensor):
