@@ -13,9 +13,9 @@ using ForwardTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 template <class T>
 ForwardTuple forward_rows(const Tensor& logits, crossent::Problem<T> p) {
   const std::vector<int64_t> shape = rows_shape(logits);
-  const Tensor loss = fresh(logits, shape, kDtype<T>);
-  const Tensor denominator_weight = fresh(logits, shape, kDtype<T>);
-  const Tensor saved = fresh_saved(logits, p), wrong = fresh(logits, {}, ScalarType::Long);
+  const Tensor loss = fresh(shape, kDtype<T>);
+  const Tensor denominator_weight = fresh(shape, kDtype<T>);
+  const Tensor saved = fresh_saved(logits, p), wrong = fresh({}, ScalarType::Long);
   const Statistics stats = statistics_of(logits, p);
   p.loss = data_of<T>(loss);
   p.denominator_weight = data_of<T>(denominator_weight);
@@ -23,7 +23,7 @@ ForwardTuple forward_rows(const Tensor& logits, crossent::Problem<T> p) {
   *p.wrong = 0;
   for_rows(p, [](const auto& q, int64_t begin, int64_t end) { run_forward(q, begin, end); });
   const auto shown = [&](const MaybeTensor& t, ScalarType dtype = kDtype<T>) {
-    return t ? *t : fresh(logits, {0}, dtype);
+    return t ? *t : fresh({0}, dtype);
   };
   return {loss,
           denominator_weight,

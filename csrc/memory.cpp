@@ -22,6 +22,10 @@ namespace {
 constexpr int64_t kLarge = 4 << 20;
 constexpr int64_t kPage = 2 << 20;  // a large one
 
+int32_t number_of(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
 int64_t bytes_of(const Tensor& t) { return t.numel() * int64_t(t.element_size()); }
 
 #if defined(__linux__) && defined(MADV_FREE)
@@ -114,10 +118,9 @@ MaybeTensor in_own_pages(const int64_t* sizes, const int64_t* strides, int64_t r
     delete own;
   };
   AtenTensorHandle handle = nullptr;
-  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      buffer.data, rank, sizes, strides, 0, type, aoti_torch_device_type_cpu(), -1, &handle,
-      aoti_torch_layout_strided(), nullptr, 0, release, new Buffer(buffer)));
+      buffer.data, rank, sizes, strides, 0, number_of(dtype), aoti_torch_device_type_cpu(), -1,
+      &handle, aoti_torch_layout_strided(), nullptr, 0, release, new Buffer(buffer)));
   return Tensor(handle);
 }
 #else
@@ -154,34 +157,52 @@ int64_t item_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
-Tensor large_memory(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool stays) {
-  return stays ? fresh(like, shape, dtype) : passing(like, shape, dtype);
+// By the C interface, which asks no dispatcher for an operator by its name: small calls notice.
+Tensor torchs_own(const int64_t* sizes, const int64_t* strides, int64_t rank, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      rank, sizes, strides, number_of(dtype), aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
+}
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(1, shape[i]);
+  return strides;
+}
+
+Tensor large_memory(const Tensor&, std::vector<int64_t> shape, ScalarType dtype, bool stays) {
+  return stays ? fresh(shape, dtype) : passing(shape, dtype);
 }
 
 }  // namespace
 
-Tensor fresh(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, shape, dtype);
+Tensor fresh(const std::vector<int64_t>& shape, ScalarType dtype) {
+  const std::vector<int64_t> strides = contiguous_strides(shape);
+  const Tensor t = torchs_own(shape.data(), strides.data(), int64_t(shape.size()), dtype);
   advise_huge_pages(t);
   return t;
 }
 
-Tensor passing(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  int64_t count = 1;
-  for (size_t i = shape.size(); i-- > 0; count *= shape[i]) strides[i] = count;
+Tensor passing(const std::vector<int64_t>& shape, ScalarType dtype) {
+  const std::vector<int64_t> strides = contiguous_strides(shape);
+  const int64_t count = shape.empty() ? 1 : shape[0] * strides[0];
   const auto own = in_own_pages(shape.data(), strides.data(), int64_t(shape.size()),
                                 count * item_size(dtype), dtype);
-  return own ? *own : fresh(like, shape, dtype);
+  return own ? *own : fresh(shape, dtype);
 }
 
 Tensor gradient_like(const Tensor& like) {
-  MaybeTensor own;
-  if (is_dense(like))
-    own = in_own_pages(like.sizes().data(), like.strides().data(), like.dim(), bytes_of(like),
-                       like.scalar_type());
+  if (!is_dense(like)) {
+    const Tensor t = torch::stable::empty_like(like);
+    advise_huge_pages(t);
+    return t;
+  }
+  const int64_t *sizes = like.sizes().data(), *strides = like.strides().data();
+  const auto own = in_own_pages(sizes, strides, like.dim(), bytes_of(like), like.scalar_type());
   if (own) return *own;
-  const Tensor t = torch::stable::empty_like(like);
+  const Tensor t = torchs_own(sizes, strides, like.dim(), like.scalar_type());
   advise_huge_pages(t);
   return t;
 }

@@ -5,14 +5,14 @@
 
 #include "tensors.h"
 
-// Fresh memory where `like` is; in large pages from 4 MiB on: for small ones, the system clears
-// page after page.
-Tensor fresh(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
+// Fresh memory of a CPU; in large pages from 4 MiB on: for small ones, the system clears page after
+// page.
+Tensor fresh(const std::vector<int64_t>& shape, ScalarType dtype);
 
 // The same for what does not stay: from 4 MiB on it is ours. Freed, its pages go back to the system
 // lazily, and what is next of that size finds them warm if nobody wanted them in the meantime.
 // torch cannot resize it.
-Tensor passing(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
+Tensor passing(const std::vector<int64_t>& shape, ScalarType dtype);
 
 // The same for a gradient, laid out as `like`.
 Tensor gradient_like(const Tensor& like);

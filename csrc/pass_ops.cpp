@@ -84,8 +84,8 @@ double denominator_of(const crossent::Problem<T>& p) {
 }
 
 // A number of the loss's dtype, 0-d.
-Tensor scalar_like(const Tensor& like, ScalarType dtype, double value) {
-  const Tensor t = torch::stable::new_empty(like, {}, dtype);
+Tensor scalar(ScalarType dtype, double value) {
+  const Tensor t = fresh({}, dtype);
   switch (dtype_of(t)) {
     case Dtype::kFloat64: *data_of<double>(t) = value; break;
     case Dtype::kFloat32: *data_of<float>(t) = float(value); break;
@@ -144,7 +144,7 @@ Loss reduced_loss(const LossInputs& in, const Reduction& reduction, Keep keep, d
   if (divisor == 0) out.flags |= kNothingCounts;
   if (are_probabilities(logits, p.logits, p.classes)) out.flags |= kProbabilities;
   const double value = divisor == 0 ? reduction.empty : sums.loss / divisor;
-  out.loss = scalar_like(logits, reduction.dtype, value);
+  out.loss = scalar(reduction.dtype, value);
   return out;
 }
 

@@ -27,7 +27,7 @@ template <class T>
 Tensor fresh_numbers(const Tensor& logits, int64_t each, crossent::Problem<T>& p) {
   std::vector<int64_t> shape = rows_shape(logits);
   shape.insert(shape.begin(), each);
-  const Tensor saved = fresh(logits, shape, kDtype<T>);
+  const Tensor saved = fresh(shape, kDtype<T>);
   p.saved = data_of<T>(saved);
   return saved;
 }
@@ -41,7 +41,7 @@ struct Gradients {
   Gradients(const Tensor& logits, bool by_logits, bool by_scale, crossent::Problem<T>& p)
       : of_logits(by_logits ? gradient_like(logits)
                             : torch::stable::new_empty(logits, {0}, logits.scalar_type())),
-        of_scale(by_scale ? fresh(logits, rows_shape(logits), ScalarType::Double)
+        of_scale(by_scale ? fresh(rows_shape(logits), ScalarType::Double)
                           : torch::stable::new_empty(logits, {0}, ScalarType::Double)) {
     if (by_logits) p.gradient = rows_of(of_logits);
     if (by_scale) scale = data_of<double>(of_scale);
@@ -81,7 +81,7 @@ Pair entropy(const Tensor& logits, bool compute_in_float64, double softcap, doub
     auto p = problem_of_logits<T>(logits,
                                   {.softcap = softcap, .logit_scale = logit_scale, .stats = true});
     const Tensor saved = fresh_numbers(logits, kEntropySaved, p);
-    const Tensor values = fresh(logits, rows_shape(logits), kDtype<T>);
+    const Tensor values = fresh(rows_shape(logits), kDtype<T>);
     p.entropy = data_of<T>(values);
     for_rows(p, [](const auto& q, int64_t begin, int64_t end) {
       if constexpr (sizeof(T) == 4) kernels().entropy32(q, begin, end);
@@ -125,7 +125,7 @@ Pair log_probs(const Tensor& logits, const Tensor& index, bool compute_in_float6
     const Tensor saved = fresh_numbers(logits, crossent::kOneHotSaved, p);
     std::vector<int64_t> shape = rows_shape(logits);
     shape.push_back(index.size(index.dim() - 1));
-    const Tensor values = fresh(logits, shape, kDtype<T>);
+    const Tensor values = fresh(shape, kDtype<T>);
     crossent::Selection<T> s;
     s.index = several_of<int64_t>(index);
     s.log_prob = data_of<T>(values);

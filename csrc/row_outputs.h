@@ -18,7 +18,7 @@ Tensor fresh_saved(const Tensor& logits, crossent::Problem<T>& p) {
   kernels();  // an error about them belongs to the caller's thread
   std::vector<int64_t> shape = rows_shape(logits);
   shape.insert(shape.begin(), p.saved_count());
-  const Tensor saved = fresh(logits, shape, kDtype<T>);
+  const Tensor saved = fresh(shape, kDtype<T>);
   p.saved = data_of<T>(saved);
   return saved;
 }
@@ -33,12 +33,12 @@ Statistics statistics_of(const Tensor& logits, crossent::Problem<T>& p) {
   if (!p.options.stats) return {};
   const std::vector<int64_t> shape = rows_shape(logits);
   const auto numbers = [&](T*& place) {
-    const Tensor t = fresh(logits, shape, kDtype<T>);
+    const Tensor t = fresh(shape, kDtype<T>);
     place = data_of<T>(t);
     return t;
   };
   Statistics out{numbers(p.lse), numbers(p.log_prob), numbers(p.entropy), {}};
-  out.argmax = fresh(logits, shape, ScalarType::Long);
+  out.argmax = fresh(shape, ScalarType::Long);
   p.argmax = data_of<int64_t>(*out.argmax);
   return out;
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..problem.options import Options
 from ..problem.preparation import prepare
 from ..problem.rows import Problem
-from ..problem.torch_internals import known_factor, plain, saved_tensors_hooked
+from ..problem.torch_internals import plain, saved_tensors_hooked
 from ..problem.warnings import warn_if_probabilities
 from . import cpu
 from .derivatives import scale_
@@ -26,6 +26,7 @@ from .reduction import refuse_empty
 from .results import Stats
 
 Factors = tuple[Tensor, Tensor | None, Tensor | None]  # target, class weights, sample weights
+_operator = torch.ops.crossent.loss.default
 
 
 class Call(NamedTuple):
@@ -53,12 +54,12 @@ class Call(NamedTuple):
 
     def run(self, source: Tensor, factors: Factors, keep: int, grad_output: float = 1.0) -> Any:
         """The operator's results."""
-        target, weight, sample_weight = factors
         ignore_index, *options = self.options
         if not self.others:
-            return torch.ops.crossent.loss.default(source, target, keep, self.mean, ignore_index)
+            return _operator(source, factors[0], keep, self.mean, ignore_index)
+        target, weight, sample_weight = factors
         compute_in_float64, *others = self.others
-        return torch.ops.crossent.loss.default(
+        return _operator(
             source if self.axis == source.dim() - 1 else source.movedim(self.axis, -1),
             target,
             keep,
@@ -85,15 +86,25 @@ class Call(NamedTuple):
                 warn_if_probabilities(problem.logits.rows)
         return (loss, kept, slope, *stats)
 
-    def narrows(self, source: Tensor) -> bool:
-        """Whether the gradient is computed in a wider dtype than it has."""
+    def scaled(
+        self, gradient: Tensor | None, source: Tensor, factors: Factors, number: float
+    ) -> Tensor:
+        """The gradient for a grad_output, from that for one; from nothing where that is gone.
+
+        Rounded already, what is narrower than what is computed in would be rounded twice if it were
+        scaled; and a half may be 0 by now that is none when it is scaled first.
+        """
         compute_in_float64 = bool(self.others) and self.others[0]
-        return source.dtype.itemsize < (8 if compute_in_float64 else 4)
+        narrow = source.dtype.itemsize < (8 if compute_in_float64 else 4) and number != 1
+        if gradient is None or narrow:
+            gradient = self.run(source, factors, GRADIENT, number if narrow else 1.0)[1]
+        if not narrow:
+            scale_(gradient, number)
+        return gradient
 
     def with_axis(self, rows: Tensor) -> Tensor:
         """Rows with the class axis where it was."""
-        last = self.axis in (-1, rows.dim() - 1)
-        return rows if last else rows.movedim(-1, self.axis)
+        return rows if self.axis == rows.dim() - 1 else rows.movedim(-1, self.axis)
 
     def posed(self, source: Tensor, factors: Factors) -> Problem:
         """The problem with its tensors."""
@@ -182,15 +193,10 @@ class _OnePass(torch.autograd.Function):
             above = ctx.slope * grad_output.to(problem.logits.dtype)
             return cpu.differentiable_gradient(problem, above), None, None
         gradient, ctx.ready = ctx.ready, None
-        number = known_factor(grad_output)
-        # Rounded already, what is narrower than what is computed in would be rounded twice if it
-        # were scaled; and a half may be 0 by now that is none when it is scaled first.
-        first = call.narrows(source) and number != 1
-        if gradient is None or first:
-            gradient = call.run(source, factors, GRADIENT, number if first else 1.0)[1]
-        if not first:
-            scale_(gradient, number)
-        return call.with_axis(gradient), None, None
+        number = grad_output.item()
+        if gradient is None or number != 1:
+            gradient = call.scaled(gradient, source, factors, number)
+        return gradient if call.axis == -1 else call.with_axis(gradient), None, None
 
 
 class _TwoPasses(torch.autograd.Function):

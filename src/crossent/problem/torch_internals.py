@@ -34,7 +34,7 @@ def plain(*tensors: Tensor | None) -> bool:
     subclasses.
     Only then may a kernel read the memory, or a custom ``autograd.Function`` stand for operations.
     """
-    if _traced() or transformed() or forward_mode():
+    if _functorch.get_dynamic_layer_stack_depth() or forward_ad._current_level >= 0 or _traced():
         return False
     for tensor in tensors:
         if tensor is not None and not _are_known(_keys(tensor).raw_repr()):
