@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import statistics
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def report(tables: list[Titled], mark: str | None) -> None:
     console = console if console.is_terminal else Console(width=220)
     machine = (
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}"
+        f"{torch.backends.cpu.get_cpu_capability()}, {datetime.date.today()}"
     )
     for title, headings, lines in tables:
         table = Table(*headings, title=title, box=box.SIMPLE_HEAD)
