@@ -61,6 +61,8 @@ fuzz: setup
 bench: setup
 	-$(INSTALL) --no-deps triton cut-cross-entropy==25.1.1 cleanlab termcolor
 	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/one_pass.py
+	$(BIN)/python benchmarks/lean.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/explain.py
 	$(BIN)/python benchmarks/kernels.py

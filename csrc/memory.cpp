@@ -71,7 +71,8 @@ class Freed {
     buffers_.push_back(buffer);
   }
   int64_t clear() {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return 0;
     int64_t bytes = 0;
     for (const Buffer& buffer : buffers_) buffer.unmap(), bytes += buffer.size;
     buffers_.clear();
@@ -110,6 +111,7 @@ MaybeTensor in_own_pages(const int64_t* sizes, const int64_t* strides, int64_t r
   const int64_t size = size_class(bytes);
   Buffer buffer = freed().take(size);
   if (!buffer.data) buffer = map(size);
+  if (!buffer.data && freed().clear()) buffer = map(size);  // where address space is limited
   if (!buffer.data) return {};
   buffer.owner = std::this_thread::get_id();
   const auto release = [](void*, void* context) {

@@ -43,7 +43,6 @@ CROSSENT_INLINE void scale_terms(const T* terms, int n, T factor, T* out) {
 
 // A row with an index target, whose exps are taken once: measured from the maximum so far, they go
 // to the gradient's memory (or to scratch, where that holds other numbers) and are scaled there.
-// False: nothing has been done, for they can be taken from no maximum at all.
 template <class T>
 CROSSENT_INLINE void pass_one_hot(const Problem<T>& p, int64_t row, int64_t target) {
   alignas(64) T result[kBlock];
@@ -100,12 +99,11 @@ CROSSENT_NOINLINE void pass_tile(const Problem<T>& p, int64_t row, int count) {
 constexpr int kPassLanes = kMaxLaneClasses;
 template <class T>
 void pass_rows(const Problem<T>& p, int64_t begin, int64_t end) {
-  const bool plain = is_plain(p);
+  const bool plain = is_plain(p), together = side_by_side(p, kPassLanes);
   by_planes(p, begin, end, true,
             [&](const Problem<T>& q, int64_t from, int64_t to) CROSSENT_INLINE_LAMBDA {
               each<T>(
-                  side_by_side(q, kPassLanes), from, to,
-                  [&](int64_t r) CROSSENT_INLINE_LAMBDA { pass_row(q, r); },
+                  together, from, to, [&](int64_t r) CROSSENT_INLINE_LAMBDA { pass_row(q, r); },
                   [&](int64_t r, int count) CROSSENT_INLINE_LAMBDA {
                     plain ? pass_tile<T, true>(q, r, count) : pass_tile<T, false>(q, r, count);
                   });

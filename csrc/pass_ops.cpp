@@ -45,20 +45,20 @@ bool are_probabilities(const Tensor& logits, const crossent::Tensor2& z, int64_t
 // Runs f on blocks of rows, whatever thread they are on; returns what they give, summed in the
 // blocks' order: the same bits for any number of threads.
 template <class T, class F>
-Sums sum_blocks(const crossent::Problem<T>& p, int64_t classes, F f) {
+double sum_blocks(const crossent::Problem<T>& p, int64_t classes, F f) {
   const int64_t size = rows_per_block(classes), blocks = (p.rows + size - 1) / size;
   const auto sums_of = [&](int64_t b) { return f(b * size, std::min(p.rows, (b + 1) * size)); };
-  Sums all;
+  double all = 0;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, classes * size));
   if (blocks <= grain) {
     for (int64_t b = 0; b < blocks; ++b) all += sums_of(b);
     return all;
   }
-  std::vector<Sums> sums(blocks);
+  std::vector<double> sums(blocks);
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) sums[b] = sums_of(b);
   });
-  for (const Sums& s : sums) all += s;
+  for (const double s : sums) all += s;
   return all;
 }
 
@@ -74,13 +74,11 @@ double denominator_of(const crossent::Problem<T>& p) {
     return p.weight ? T(double(p.weight[target]) * double(factor)) : factor;
   };
   if (!p.by_index() && !p.sample_weight.data) return double(p.rows);
-  return sum_blocks(p, 16,
-                    [&](int64_t begin, int64_t end) {
-                      T weights[kMostRows];
-                      for (int64_t r = begin; r < end; ++r) weights[r - begin] = weight_of(r);
-                      return Sums{0, sum_of(weights, end - begin)};
-                    })
-      .denominator;
+  return sum_blocks(p, 16, [&](int64_t begin, int64_t end) {
+    T weights[kMostRows];
+    for (int64_t r = begin; r < end; ++r) weights[r - begin] = weight_of(r);
+    return sum_of(weights, end - begin);
+  });
 }
 
 // A number of the loss's dtype, 0-d.
@@ -138,12 +136,12 @@ Loss reduced_loss(const LossInputs& in, const Reduction& reduction, Keep keep, d
   } else if (keep == Keep::kRows) {
     out.kept = fresh_saved(logits, p);
   }
-  const Sums sums = sum_blocks(
+  const double sum = sum_blocks(
       p, p.classes, [&](int64_t begin, int64_t end) { return sum_block(p, begin, end, keep); });
   if (wrong) out.flags |= kWrongTarget;
   if (divisor == 0) out.flags |= kNothingCounts;
   if (are_probabilities(logits, p.logits, p.classes)) out.flags |= kProbabilities;
-  const double value = divisor == 0 ? reduction.empty : sums.loss / divisor;
+  const double value = divisor == 0 ? reduction.empty : sum / divisor;
   out.loss = scalar(reduction.dtype, value);
   return out;
 }

@@ -62,7 +62,7 @@ struct Products {
                 const Matrix<float>& out, int64_t begin, int64_t end);
   void (*outer)(const Matrix<const float>& gradient, const uint32_t* packed,
                 const Matrix<float>& out, bool add, int64_t begin, int64_t end);
-  void (*errors)(const float* row, int64_t classes, sparse::CSRRows<float>& out);
+  void (*errors)(const float* row, int64_t classes, sparse::CSRRows<float>& out, float* small);
 };
 
 #if defined(__x86_64__)

@@ -51,7 +51,7 @@ bool has_bf16_products() { return machines() != nullptr; }
 template <class T>
 Matrix<T> matrix_of(const Tensor& t) {
   constexpr bool wide = sizeof(T) == 4;
-  STD_TORCH_CHECK(t.dim() == 2 && (t.size(1) < 2 || t.stride(1) == 1) &&
+  STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == 0 || t.size(1) < 2 || t.stride(1) == 1) &&
                       t.scalar_type() == (wide ? ScalarType::Float : ScalarType::BFloat16),
                   "crossent: expected a matrix of ", wide ? "float32" : "bfloat16",
                   " whose columns are neighbours");
@@ -157,11 +157,15 @@ void bf16_outer_(Tensor dweight, const Tensor& gradient, const Tensor& x, bool a
   });
 }
 
-// What the products above leave out of the large entries of a gradient (n, V), as sparse rows.
-std::tuple<Tensor, Tensor, Tensor> bf16_errors(const Tensor& gradient) {
+// What the products above leave out of the large entries of a gradient (n, V), as sparse rows; these
+// entries as they are rounded; and of the others of each row the sums of what is taken and lost.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bf16_errors(const Tensor& gradient) {
   const Matrix<const float> g = matrix_of<const float>(gradient);
   const Tensor start = torch::stable::new_empty(gradient, {g.rows + 1}, ScalarType::Long);
   int64_t* begins = static_cast<int64_t*>(start.data_ptr());
+  const Tensor sums = torch::stable::new_empty(gradient, {g.rows, 2}, ScalarType::Float);
+  float* small = static_cast<float*>(sums.data_ptr());
+  std::fill(small, small + 2 * g.rows, 0.0f);
   std::map<int64_t, sparse::CSRRows<float>> parts;  // what each thread found, by first row
   std::mutex guard;
   std::fill(begins, begins + g.rows + 1, 0);
@@ -169,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> bf16_errors(const Tensor& gradient) {
     torch::stable::parallel_for(0, g.rows, 1, [&](int64_t begin, int64_t end) {
       sparse::CSRRows<float> mine;
       for (int64_t r = begin; r < end; ++r) {
-        kernels().errors(g.at + r * g.stride, g.columns, mine);
+        kernels().errors(g.at + r * g.stride, g.columns, mine, small + 2 * r);
         begins[r + 1] = int64_t(mine.value.size());
       }
       const std::lock_guard<std::mutex> lock(guard);
@@ -191,7 +195,14 @@ std::tuple<Tensor, Tensor, Tensor> bf16_errors(const Tensor& gradient) {
                 bytes);
     std::memcpy(static_cast<float*>(value.data_ptr()) + begins[begin], part.value.data(), bytes);
   }
-  return {start, column, value};
+  const Tensor rounded = torch::stable::new_empty(gradient, {total}, ScalarType::Float);
+  const int32_t* where = static_cast<const int32_t*>(column.data_ptr());
+  const float* lost = static_cast<const float*>(value.data_ptr());
+  float* taken = static_cast<float*>(rounded.data_ptr());
+  for (int64_t r = 0; r < g.rows; ++r)
+    for (int64_t k = begins[r]; k < begins[r + 1]; ++k)
+      taken[k] = g.at[r * g.stride + where[k]] - lost[k];
+  return {start, column, value, rounded, sums};
 }
 
 }  // namespace

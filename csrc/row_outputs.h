@@ -43,12 +43,11 @@ Statistics statistics_of(const Tensor& logits, crossent::Problem<T>& p) {
   return out;
 }
 
-// Losses of some rows are never stored: their sum is, and that of their weights in the mean's
-// denominator.
 enum class Keep : int64_t { kNothing, kGradient, kRows };  // for backward
 
+// The sum of the losses of some rows, which are never stored.
 template <class T>
-Sums sum_block(crossent::Problem<T> p, int64_t begin, int64_t end, Keep keep) {
+double sum_block(crossent::Problem<T> p, int64_t begin, int64_t end, Keep keep) {
   T loss[kMostRows], denominator_weight[kMostRows], saved[crossent::kSaved * kMostRows];
   p.loss = loss, p.denominator_weight = denominator_weight;
   if (keep == Keep::kRows) {
@@ -60,7 +59,7 @@ Sums sum_block(crossent::Problem<T> p, int64_t begin, int64_t end, Keep keep) {
   p.first = begin;
   if (keep == Keep::kGradient) run_pass(p, begin, end);
   else run_forward(p, begin, end);
-  return {sum_of(loss, end - begin), sum_of(denominator_weight, end - begin)};
+  return sum_of(loss, end - begin);
 }
 
 }  // namespace

@@ -129,7 +129,8 @@ struct CSRView {
 // Runs f with a pointer to rows as they are stored.
 template <class F>
 void with_rows(const Tensor& t, F f) {
-  STD_TORCH_CHECK(t.stride(1) == 1, "crossent: expected rows of neighbouring features");
+  STD_TORCH_CHECK(t.size(1) < 2 || t.stride(1) == 1,
+                  "crossent: expected rows of neighbouring features");
   switch (t.scalar_type()) {
     case ScalarType::Double: return f(numbers<double>(t));
     case ScalarType::Float: return f(numbers<float>(t));

@@ -163,14 +163,6 @@ double sum_of(const T* x, int64_t n) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// Sums over some blocks of rows, whose numbers are never stored: of the losses, and of the rows'
-// weights in the mean's denominator.
-struct Sums {
-  double loss = 0, denominator = 0;
-
-  void operator+=(const Sums& other) { loss += other.loss, denominator += other.denominator; }
-};
-
 template <class T>
 void run_forward(const crossent::Problem<T>& p, int64_t begin, int64_t end) {
   if constexpr (sizeof(T) == 4) kernels().forward32(p, begin, end);

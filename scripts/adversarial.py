@@ -21,7 +21,8 @@ from rich.table import Table
 import crossent
 from crossent.testing import repeated_rows, ulp
 
-SETS = ("portable", "avx2", "avx512", "reference")
+SETS = ("portable", "avx2", "avx512", "lean", "reference")
+PLAIN = ("lean", "reference")  # of torch's operations
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -41,8 +42,8 @@ def worst(dtype: torch.dtype, backend: str) -> dict[str, float]:
 def asked(name: str) -> list[dict[str, float]] | None:
     """The same for each dtype, in its own process; None where the machine lacks such kernels."""
     done = subprocess.run(
-        [sys.executable, __file__, "--measure", "reference" if name == "reference" else "cpu"],
-        env=os.environ if name == "reference" else {**os.environ, "CROSSENT_ISA": name},
+        [sys.executable, __file__, "--measure", name if name in PLAIN else "cpu"],
+        env=os.environ if name in PLAIN else {**os.environ, "CROSSENT_ISA": name},
         capture_output=True,
         text=True,
         check=False,

@@ -76,7 +76,10 @@ ignored. The sums of rows of rounded half-precision gradients are shown, but hel
   does not depend on the other rows or on the number of threads. The kernels add four terms at a
   time, keep what rounding takes from each lane's sum (two-sum), and add blocks of 2048 classes in
   double: equal terms, which round the same way again and again, stay as exact as others
-  (`scripts/adversarial.py`). The reference folds halves onto halves, in float64.
+  (`scripts/adversarial.py`). The reference folds halves onto halves, in float64; the lean backend
+  quarters, in float32, until 512 numbers are left.
+- The lean backend subtracts whole numbers c such that z - c is exact, and divides exp(m - c) out of
+  the sum: the same logits with another offset may differ in the last place.
 
 Source: Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions",
 IMA J. Numer. Anal. 41 (2021).
@@ -93,6 +96,7 @@ def ours(backend: Backend, dtype: torch.dtype) -> RowLoss:
 
 LOSSES = {
     "crossent, cpu": functools.partial(ours, "cpu"),
+    "crossent, lean": functools.partial(ours, "lean"),
     "crossent, reference": functools.partial(ours, "reference"),
     "torch": lambda dtype: functools.partial(F.cross_entropy, reduction="none"),
 }

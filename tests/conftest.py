@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "lean", "cpu")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -38,7 +38,8 @@ def test_check_prints_errors_by_backend_and_dtype():
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.output.splitlines()]
     kept = {(line[0], line[1]) for line in lines if line and line[-1] == "kept"}
-    assert {("reference", d) for d in ("float64", "float32", "bfloat16", "float16")} <= kept
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+    assert {(b, d) for b in ("reference", "lean") for d in dtypes} <= kept
     from crossent.backends import cpu
 
     assert (("cpu", "float32") in kept) == (cpu.MISSING == "")

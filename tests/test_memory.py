@@ -105,12 +105,20 @@ def test_inference_tensors_may_be_scored():
 def test_what_no_kernel_serves_takes_the_memory_of_its_result(call, limit):
     """In units of the logits, beside torch's 5.1, 3.1, 3.1 and 7.1 (benchmarks/memory.py)."""
     code = f"""
-import pathlib, torch, crossent
-from torch.autograd import grad
 s = torch.tensor(0.7, requires_grad=True)
 def call(rows):
     x, t = torch.randn(rows, 4096, requires_grad=True), torch.zeros(rows, dtype=torch.int64)
     begin(), {call}
+"""
+    assert peak_in_kib(code) / 32768 < limit
+
+
+def peak_in_kib(code: str) -> float:
+    """What ``call(2048)`` adds to memory at its peak, from where it calls ``begin``."""
+    whole = f"""
+import pathlib, torch, crossent
+from torch.autograd import grad
+{code}
 def begin():
     global before
     pathlib.Path("/proc/self/clear_refs").write_text("5")
@@ -120,10 +128,26 @@ def kib(field):
     return int(text.split(field + ":")[1].split()[0])
 call(100)  # loads what is loaded once
 call(2048)
-print((kib("VmHWM") - before) / 32768)
+print(kib("VmHWM") - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < limit
+    done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_kernels_a_step_takes_the_memory_of_its_gradient(dtype):
+    """Beside torch's 3 gradients (benchmarks/lean.py)."""
+    code = f"""
+from crossent.backends import cpu
+cpu.MISSING = "hidden"
+def call(rows):
+    x = torch.randn(rows, 16384).to(torch.{dtype}).requires_grad_()
+    t = torch.zeros(rows, dtype=torch.int64)
+    begin(), crossent.cross_entropy(x, t).backward()
+"""
+    gradient = 2048 * 16 * getattr(torch, dtype).itemsize
+    assert peak_in_kib(code) / gradient < 1.3
 
 
 def test_tensors_are_let_go_after_backward_while_the_loss_lives():

@@ -192,7 +192,8 @@ def _losses() -> Iterator[tuple[str, torch.dtype, RowLoss, bool]]:
 
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     served = backend_for(torch.zeros(1, 1, device="cpu"), torch.tensor([0], device="cpu")).name
-    backends: tuple[Backend, ...] = ("reference", "cpu") if served == "cpu" else ("reference",)
+    backends: tuple[Backend, ...] = ("reference", "lean", "cpu")
+    backends = backends if served == "cpu" else backends[:-1]
     for backend in backends:
         for dtype in dtypes:
             exact = torch.promote_types(dtype, torch.float32)

@@ -80,8 +80,11 @@ def cross_entropy(
 
     With torch's arguments the result has torch's value, shape and dtype. Derivatives of any order,
     forward mode, ``torch.func``, ``torch.compile`` and autocast work as for torch's own functions.
-    No softmax is kept: backward reads the logits again, and raises autograd's error where they have
-    been changed in place since (an edit through ``input.data`` goes unseen, and into the gradient).
+    A mean or sum, and what a denominator divides, has its gradient made with the loss, while a row
+    is in the cache. It is held until backward hands it over: where no backward will come, call it
+    under ``torch.no_grad()``. Otherwise backward reads the logits again. No softmax is kept: logits
+    that have been changed in place since raise autograd's error (an edit of ``input.data`` goes
+    unseen).
 
     Args:
         input: logits (V,), (N, V) or (N, V, d1, ...), floating point. float16 and bfloat16 are
@@ -114,7 +117,8 @@ def cross_entropy(
             use it where nothing else reads the logits. What needs them later gets autograd's error
             about a tensor modified in place. Not done under saved-tensor hooks (offloading,
             checkpoint), where nobody would notice.
-        backend: "auto", or the name of a backend that must serve.
+        backend: "auto", or the name of a backend that must serve: "cpu" (kernels), "lean" (plain
+            torch, in the memory of the gradient), "reference" (every derivative).
 
     Returns:
         The loss: 0-d, or for ``reduction="none"`` the shape of index targets.

@@ -139,7 +139,9 @@ void hold_errors(int64_t classes) {
   double sizes = 0;
   for (int64_t c = 0; c < classes; ++c) sizes += std::fabs(g.at(0, c));
   crossent::sparse::CSRRows<float> found;
-  ours::errors(g.numbers.data(), classes, found);
+  float small[2];
+  ours::errors(g.numbers.data(), classes, found, small);
+  double taken = 0, lost = 0;
   check(double(found.value.size()) <= 1 / kLarge, "errors", double(found.value.size()), 256);
   size_t next = 0;
   for (int64_t c = 0; c < classes; ++c) {
@@ -148,9 +150,12 @@ void hold_errors(int64_t classes) {
     const double wanted = double(x) - rounded(x), share = std::fabs(x) / (kLarge * sizes);
     if (here) check(found.value[next] == wanted, "error", found.value[next], wanted);
     if (here) check(share > 0.999, "a large entry", share, 1);
-    if (!here && wanted != 0) check(share < 1.001, "a small entry", share, 1);
+    if (!here) check(share < 1.001, "a small entry", share, 1);
+    if (!here) taken += rounded(x), lost += wanted;
     next += here;
   }
+  check(std::fabs(small[0] - taken) <= 0x1p-16 * sizes, "small entries", small[0], taken);
+  check(std::fabs(small[1] - lost) <= 0x1p-24 * sizes, "what they lose", small[1], lost);
   check(next == found.column.size(), "classes ascend", double(next), double(found.column.size()));
 }
 

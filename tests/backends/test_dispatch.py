@@ -14,7 +14,7 @@ from tests.helpers.backends import needs_kernels
 def test_backend_for_says_why():
     x, t = torch.zeros(2, 3), torch.tensor([0, 1])
     choice = crossent.backend_for(x, t)
-    assert choice.name in {"reference", "cpu", "triton"}
+    assert choice.name in {"reference", "lean", "cpu", "triton"}
     assert choice.reason
     assert crossent.backend_for(x, t, backend="reference", shift=0).name == "reference"
 
@@ -66,8 +66,10 @@ def test_backend_for_tells_what_hands_over():
 def test_missing_kernels_are_said(monkeypatch):
     monkeypatch.setattr(cpu, "MISSING", "its kernels were not built")
     x, t = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
-    assert crossent.backend_for(x, t).name == "reference"
+    assert crossent.backend_for(x, t).name == "lean"
     assert "not built" in crossent.backend_for(x, t).reason
+    scaled = crossent.backend_for(x, t, logit_scale=torch.tensor(2.0))
+    assert scaled == ("reference", "lean cannot serve it: logit_scale is a tensor")
     with pytest.raises(crossent.BackendError, match="not built"):
         crossent.cross_entropy(x, t, backend="cpu")
     assert crossent.cross_entropy(x, t).isfinite()
@@ -101,6 +103,12 @@ def test_a_backend_asked_for_by_name_serves_or_refuses():
     for call in calls_for("triton"):
         with pytest.raises(crossent.BackendError, match="backend: 'triton'"):
             call()
+    for place, call in enumerate(calls_for("lean")):
+        if place < 4:  # entropies, and several classes a row
+            with pytest.raises(crossent.BackendError, match="backend: 'lean'"):
+                call()
+        else:
+            assert isinstance(call(), torch.Tensor)
 
 
 @needs_kernels

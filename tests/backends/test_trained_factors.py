@@ -205,3 +205,28 @@ def test_errors_name_the_place():
         ce(x, torch.tensor([0, 7, 1]), sample_weight=torch.ones(3, requires_grad=True))
     with pytest.raises(IndexError, match=r"index.*9"):
         crossent.log_prob(x, torch.tensor([[0, 1], [9, 1], [2, 2]]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_masked_classes_add_nothing_to_a_scale_on_any_path(backend, create_graph):
+    """torch's own composition has nan there: 0 times minus infinity."""
+    x, w, t = 2 * torch.eye(2), torch.eye(3, 2), torch.tensor([0, 1])
+    b = torch.tensor([0.0, 0.0, -torch.inf])
+    z, kept = x @ w.T + b, x @ w[:2].T
+    for of in (
+        lambda z, s: crossent.cross_entropy(z, t, logit_scale=s, backend=backend),
+        lambda z, s: crossent.entropy(z, logit_scale=s, backend=backend).sum(),
+        lambda z, s: crossent.log_prob(z, t, logit_scale=s, backend=backend).sum(),
+    ):
+        s = torch.tensor(1.5, requires_grad=True)
+        expected = torch.autograd.grad(of(kept, s), s)[0]
+        got = torch.autograd.grad(of(z, s), s, create_graph=create_graph)[0]
+        torch.testing.assert_close(got.detach(), expected)
+    s = torch.tensor(1.5, requires_grad=True)
+    head = crossent.linear_cross_entropy(x, w, t, linear_bias=b, logit_scale=s)
+    plain = crossent.cross_entropy(kept, t, logit_scale=s)
+    (got,), (expected,) = (torch.autograd.grad(v, s) for v in (head, plain))
+    torch.testing.assert_close(got, expected)
+    slope = torch.func.grad(lambda s: crossent.cross_entropy(z, t, logit_scale=s))(s.detach())
+    torch.testing.assert_close(slope, expected)

@@ -56,16 +56,15 @@ def errors(given, truth, native, monkeypatch):
     "kind", ["flat", "random", "trained", "confident", "alike 4", "alike 400", "alike 2000"]
 )
 def test_gradients_are_as_those_of_float32_products(kind, monkeypatch):
-    """Measured: the same norms of errors, 1.5e-3 to 1.7e-3; alike 400, dx: 3.3e-3 beside 1.7e-3."""
+    """Measured: the same norms of errors, 1.5e-3 to 1.7e-3."""
     given = hard(kind)
     leaves = [v.double().requires_grad_() for v in given[:2]]
     truth = grad(F.cross_entropy(leaves[0] @ leaves[1].T, given[2], reduction="sum"), leaves)
     mine = errors(given, truth, True, monkeypatch)
     its = errors(given, truth, False, monkeypatch)
-    cancels = 2.5 if kind == "alike 400" else 1.25
     ulp = torch.finfo(torch.bfloat16).eps
     for i in (0, 2):
-        assert mine[i] < cancels * its[i]
+        assert mine[i] < 1.25 * its[i]
     for i in (1, 3):
         assert mine[i] < (1.5 if kind == "alike 400" else 1.0) * ulp
 
@@ -80,3 +79,21 @@ def test_errors_of_rounding_are_carried(monkeypatch):
     monkeypatch.setattr(products, "CSRRows", lambda *_: none)
     lost = errors(given, truth, True, monkeypatch)
     assert lost[0] > 5 * carried[0]
+
+
+@pytest.mark.parametrize("common", [0.0, 0.4, 2.0])
+def test_what_all_classes_have_in_common_is_not_off(common, monkeypatch):
+    """Probabilities that are alike are rounded alike: times what their weights share, that adds up.
+
+    Without the correction the errors were 3e-2 and 2e-1.
+    """
+    n, classes, width = 8, 2600, 256
+    t = torch.arange(n)
+    w = 0.02 * torch.randn(classes, width) + common * torch.randn(width)
+    for spread in (1e-4, 1e-2):
+        given = ((spread * torch.randn(n, width)).bfloat16(), w.bfloat16(), t)
+        leaves = [v.double().requires_grad_() for v in given[:2]]
+        truth = grad(F.cross_entropy(leaves[0] @ leaves[1].T, t, reduction="sum"), leaves)
+        mine = errors(given, truth, True, monkeypatch)
+        its = errors(given, truth, False, monkeypatch)
+        assert mine[0] < 1.25 * its[0]

@@ -260,3 +260,17 @@ def test_another_instruction_set_takes_them_in_float32():
     losses = [float.fromhex(said[isa][1]) for isa in ("avx512", "")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert float(said["avx512"][2]) == pytest.approx(float(said[""][2]), rel=1e-3)
+
+
+def test_weights_and_features_of_any_stride_where_nothing_lies_between():
+    """One feature of a wider weight, and no rows at all."""
+    w = torch.randn(3000, 2).bfloat16()[:, ::2].requires_grad_()
+    x = torch.randn(4, 1).bfloat16().requires_grad_()
+    for more in ({}, {"gradient_tolerance": 0.5}):
+        crossent.linear_cross_entropy(x, w, torch.arange(4), **more).backward()
+    assert w.grad.isfinite().all()
+    none = torch.randn(0, 8).bfloat16()[:, ::2].requires_grad_()
+    weight, t = torch.randn(10, 4).bfloat16(), torch.zeros(0, dtype=torch.int64)
+    assert crossent.linear_cross_entropy(none, weight, t, empty="zero") == 0
+    assert crossent.linear_log_prob(none, weight, t).shape == (0,)
+    assert crossent.linear_entropy(none, weight).shape == (0,)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import crossent
+from tests.helpers.backends import serving
 from tests.helpers.heads import V, grads, problem
 
 
@@ -20,11 +21,13 @@ def test_log_prob_and_entropy(backend):
             crossent.log_prob(logits, t),
         ),
         (
-            crossent.linear_log_prob(x, w, several, linear_bias=b, chunk_rows=3, backend=backend),
+            crossent.linear_log_prob(
+                x, w, several, linear_bias=b, chunk_rows=3, backend=serving(backend)
+            ),
             torch.log_softmax(logits, -1).gather(-1, several),
         ),
         (
-            crossent.linear_entropy(x, w, linear_bias=b, chunk_rows=3, backend=backend),
+            crossent.linear_entropy(x, w, linear_bias=b, chunk_rows=3, backend=serving(backend)),
             torch.distributions.Categorical(logits=logits).entropy(),
         ),
     ):

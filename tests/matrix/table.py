@@ -170,7 +170,7 @@ FUNCTIONS = {
     "log_likelihood": _calculus("log_likelihood", **_TARGETED),
 }
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "lean", "cpu")
 
 #: The backend that cannot serve here: every function that takes a backend must say so.
 ABSENT = "triton"

@@ -87,7 +87,7 @@ def test_each_value_is_obeyed(name, parameter, kind, backend):
         try:
             check(other, plain, plain)
         except crossent.BackendError:
-            assert backend == "cpu"
+            assert backend in ("lean", "cpu")
             assert cell.function.family == "entropy"
 
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from ..problem.rows import Problem
-from ..problem.torch_internals import increment_version, may_overwrite, plain, readable
+from ..problem.torch_internals import (
+    increment_version,
+    may_overwrite,
+    plain,
+    readable,
+    savable,
+)
 from . import ops as ops  # the schemas must stand before the kernels are loaded
 from .derivatives import by_blocks
 from .eligibility import needs_reference
@@ -106,7 +112,9 @@ def empty_cache() -> int:
     A gradient of the logits of 4 MiB and more, once it is freed, leaves its pages to whoever needs
     memory (``MADV_FREE``), and the next one of that size takes them again if nobody did: they are
     still there, and need not be cleared. So does what a fused head works in. Until then they count
-    as the process's. At most one for each thread and size waits like that, and eight in all.
+    as the process's. At most one for each thread and size waits like that, and eight in all; their
+    addresses are the process's, which matters where those are limited (``ulimit -v``). torch cannot
+    resize such a gradient.
 
     Returns:
         Bytes of address space; 0 where there are no kernels, or nothing waits.
@@ -185,7 +193,7 @@ def keep(
 
     No tensor is kept but those saved: they are watched for changes, offloaded, and let go.
     """
-    ctx.save_for_backward(source, *factors, saved)
+    ctx.save_for_backward(source, *map(savable, factors), saved)
     ctx.dtype, ctx.options = problem.logits.dtype, KernelOptions.of(problem.options)
     ctx.axis, ctx.problem = problem.logits.axis, problem.bare()
     # Asked now: what is saved under hooks may be shared, without a version that tells.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..problem.preparation import check_cap
 from ..problem.rows import NOTHING, Logits, Problem, Selection, index_problem
-from ..problem.torch_internals import plain, readable
+from ..problem.torch_internals import plain, readable, savable
 from . import cpu
 from .derivatives import MaybeTensors, by_blocks
 from .eligibility import needs_operations
@@ -144,15 +144,10 @@ def _compute(
     if torch.compiler.is_compiling() or not wanted:
         return call.forward(logits.rows, factors)[0]
     scale = scale.to(logits.dtype) if is_trained(scale) and scale is not None else None
-    factors = tuple(f if f is None else _savable(f) for f in factors)
+    factors = tuple(map(savable, factors))
     fused: Any = _Fused  # torch leaves apply untyped
     results: tuple[Tensor, ...] = fused.apply(source, scale, logits.axis, call, *factors)
     return results
-
-
-def _savable(factor: Tensor) -> Tensor:
-    """Tensors made in inference mode cannot be saved."""
-    return factor.clone() if factor.is_inference() else factor
 
 
 class _Fused(torch.autograd.Function):

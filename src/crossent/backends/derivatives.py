@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem.torch_internals import known_factor, no_autocast, plain, transformed
+from ..problem.torch_internals import known_factor, no_autocast, plain, savable, transformed
 
 MaybeTensors = tuple[Tensor | None, ...]
 Place = tuple[slice, ...]  # some rows: an index into the leading axes
@@ -137,8 +137,7 @@ def by_blocks(function: RowMap, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     if not plain(*tensors):
         return function.call(*tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        # Tensors made in inference mode cannot be saved.
-        tensors = tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)
+        tensors = tuple(map(savable, tensors))
         blockwise: Any = _ByBlocks  # torch leaves apply untyped
         results: tuple[Tensor, ...] = blockwise.apply(function, *tensors)
         return results
@@ -178,7 +177,7 @@ def _run(function: RowMap, tensors: MaybeTensors) -> tuple[Tensor, ...]:
     first = tensors[0]
     if first is None:
         raise TypeError("by_blocks: expected rows first, got None")
-    places = _places(first.shape[: function.row_axes], function.block)
+    places = places_of(first.shape[: function.row_axes], function.block)
     if len(places) == 1:
         return function.call(*tensors)
     whole: list[Tensor] = []
@@ -214,7 +213,7 @@ def _room(value: Tensor, like: Tensor, axes: int) -> Tensor:
     return value.new_empty(shape)
 
 
-def _places(shape: torch.Size, block: int) -> list[Place]:
+def places_of(shape: torch.Size, block: int) -> list[Place]:
     """Blocks of rows: slices of one axis, of each index of the axes before it."""
     rows = math.prod(shape)
     if rows <= block:

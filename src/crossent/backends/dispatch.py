@@ -18,7 +18,7 @@ from ..problem.torch_internals import readable
 from ..problem.warnings import warn_if_probabilities
 from . import compiled as compiled  # registers what graphs are differentiated by
 from . import compiled_rows as compiled_rows
-from . import cpu, cpu_rows, one_pass, reference
+from . import cpu, cpu_rows, lean, one_pass, reference
 from .derivatives import value_and_gradient
 from .reduction import reduce
 from .results import Rows, Stats, lengthen
@@ -42,16 +42,22 @@ def choose(problem: Problem) -> Choice:
     weights) are left to the reference, by whatever name the kernels were asked for.
     """
     requested = problem.options.backend
-    asked = _asked(requested, cpu.unsupported_reason(problem.logits.rows))
+    asked = _asked(requested, cpu.unsupported_reason(problem.logits.rows), lean="")
     if asked.name == "reference":
         return asked
+    if asked.name == "lean":
+        transfer = lean.fallback_reason(problem)
+        return Choice("reference", f"lean cannot serve it: {transfer}") if transfer else asked
     return _served(requested, cpu_rows.fallback_reason(problem))
 
 
-def _choose_for_logits(logits: Logits, *chosen: Tensor) -> Choice:
-    """The same of an entropy, or of the log-probabilities of several classes a row."""
+def _choose_for_logits(logits: Logits, lacking: str, *chosen: Tensor) -> Choice:
+    """The same of an entropy, or of the log-probabilities of several classes a row.
+
+    ``lacking`` says what the lean backend has not.
+    """
     requested = logits.options.backend
-    asked = _asked(requested, cpu.unsupported_reason(logits.rows))
+    asked = _asked(requested, cpu.unsupported_reason(logits.rows), lacking)
     if asked.name == "reference":
         return asked
     return _served(requested, cpu_rows.fallback_reason_of_logits(logits, *chosen))
@@ -63,8 +69,11 @@ def _served(requested: str, transfer: str) -> Choice:
     return Choice("cpu", "asked for by name" if requested == "cpu" else "native kernels")
 
 
-def _asked(requested: str, obstacle: str) -> Choice:
-    """Who is left once it is known what is asked for and what stands against the kernels."""
+def _asked(requested: str, obstacle: str, lean: str) -> Choice:
+    """Who is left once it is known what is asked for and what stands against the kernels.
+
+    ``lean`` is what stands against the lean backend.
+    """
     if requested == "reference":
         return Choice("reference", "asked for by name")
     if requested == "triton":
@@ -72,14 +81,17 @@ def _asked(requested: str, obstacle: str) -> Choice:
             "backend: 'triton' was asked for by name, but this installation has no such kernels; "
             "use backend='auto' or backend='reference'"
         )
-    if requested == "cpu" and obstacle:
+    against = {"cpu": obstacle, "lean": lean}.get(requested)
+    if against:
         raise BackendError(
-            f"backend: 'cpu' was asked for by name, but {obstacle}; use backend='auto' or "
+            f"backend: {requested!r} was asked for by name, but {against}; use backend='auto' or "
             f"backend='reference'"
         )
-    if obstacle:
-        return Choice("reference", f"it serves every device; not cpu: {obstacle}")
-    return Choice("cpu", "")
+    if requested == "lean":
+        return Choice("lean", "asked for by name")
+    if not obstacle:
+        return Choice("cpu", "")
+    return Choice("reference" if lean else "lean", f"it serves every device; not cpu: {obstacle}")
 
 
 def loss(
@@ -110,9 +122,10 @@ def loss(
 
 def rows(problem: Problem) -> Rows:
     """One loss for each row of a problem."""
-    if choose(problem).name == "cpu":
+    name = choose(problem).name
+    if name == "cpu":
         return cpu_rows.rows(problem)
-    return reference.served(problem.verified())
+    return lean.rows(problem) if name == "lean" else reference.served(problem.verified())
 
 
 def _divisor_is_known(problem: Problem, denominator: float | Tensor | None) -> bool:
@@ -133,9 +146,12 @@ def rows_and_gradient(problem: Problem, grad_output: Tensor | None) -> tuple[Row
     """
     if grad_output is not None:
         grad_output = grad_output.to(problem.logits.dtype)
-    if choose(problem).name == "cpu":
+    name = choose(problem).name
+    if name == "cpu":
         rows = cpu.rows_in_place(problem, grad_output)
         return rows, None if grad_output is None else problem.logits.rows
+    if name == "lean":
+        return lean.rows_and_gradient(problem, grad_output)
     found: list[Rows] = []
 
     def loss(logits: Tensor) -> Tensor:
@@ -168,10 +184,10 @@ def has_bf16_products(like: Tensor) -> bool:
 def log_prob(selection: Selection) -> Tensor:
     """The log-probabilities of a selection (*rows, K)."""
     problem, choice = selection.as_problem(), check_selection(selection)
-    if choice.name != "cpu":
+    if choice.name == "reference":
         return reference.served_log_prob(selection)
     if problem is not None:
-        return -cpu_rows.rows(problem).loss.unsqueeze(-1)
+        return -rows(problem).loss.unsqueeze(-1)
     return cpu_rows.log_prob(selection)
 
 
@@ -216,12 +232,13 @@ def check_selection(selection: Selection) -> Choice:
     problem = selection.as_problem()
     if problem is not None:
         return choose(problem)
-    return _choose_for_logits(selection.logits, selection.chosen)
+    lacking = "it takes one index a row"
+    return _choose_for_logits(selection.logits, lacking, selection.chosen)
 
 
 def check_entropy(logits: Logits) -> Choice:
     """Who serves the entropy; raises where a backend was asked for by name that cannot."""
-    return _choose_for_logits(logits)
+    return _choose_for_logits(logits, "it has no entropy with its gradient")
 
 
 def target_rank(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ forward keeps two numbers a row instead, and backward reads the logits again.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..problem.options import Options
 from ..problem.preparation import prepare
 from ..problem.rows import Problem
-from ..problem.torch_internals import plain, saved_tensors_hooked
+from ..problem.torch_internals import plain, savable, saved_tensors_hooked
 from ..problem.warnings import warn_if_probabilities
 from . import cpu
 from .derivatives import scale_
@@ -86,21 +87,10 @@ class Call(NamedTuple):
                 warn_if_probabilities(problem.logits.rows)
         return (loss, kept, slope, *stats)
 
-    def scaled(
-        self, gradient: Tensor | None, source: Tensor, factors: Factors, number: float
-    ) -> Tensor:
-        """The gradient for a grad_output, from that for one; from nothing where that is gone.
-
-        Rounded already, what is narrower than what is computed in would be rounded twice if it were
-        scaled; and a half may be 0 by now that is none when it is scaled first.
-        """
+    def narrows(self, source: Tensor) -> bool:
+        """Whether the gradient is computed in a wider dtype than it has."""
         compute_in_float64 = bool(self.others) and self.others[0]
-        narrow = source.dtype.itemsize < (8 if compute_in_float64 else 4) and number != 1
-        if gradient is None or narrow:
-            gradient = self.run(source, factors, GRADIENT, number if narrow else 1.0)[1]
-        if not narrow:
-            scale_(gradient, number)
-        return gradient
+        return source.dtype.itemsize < (8 if compute_in_float64 else 4)
 
     def with_axis(self, rows: Tensor) -> Tensor:
         """Rows with the class axis where it was."""
@@ -173,7 +163,7 @@ class _OnePass(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, factors: Factors, call: Call) -> tuple[Any, ...]:
         """The loss, and statistics where they are wanted."""
         loss, ctx.ready, slope, *stats = call.looked_at(source, factors, GRADIENT)
-        ctx.save_for_backward(source, *factors)
+        ctx.save_for_backward(source, *map(savable, factors))
         ctx.call, ctx.slope = call, slope
         if not call.others:
             return (loss,)
@@ -185,6 +175,7 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient as it is, or scaled; made again where it has been handed over before."""
         source, *factors = ctx.saved_tensors  # autograd's checks run, whatever is used of them
+        gradient, ctx.ready = ctx.ready, None  # it goes with the first backward, whatever that is
         grad_output, call = grad_outputs[0], ctx.call
         if grad_output is None:
             return None, None, None
@@ -192,10 +183,15 @@ class _OnePass(torch.autograd.Function):
             problem = call.posed(source, factors)
             above = ctx.slope * grad_output.to(problem.logits.dtype)
             return cpu.differentiable_gradient(problem, above), None, None
-        gradient, ctx.ready = ctx.ready, None
-        number = grad_output.item()
-        if gradient is None or number != 1:
-            gradient = call.scaled(gradient, source, factors, number)
+        number, first = grad_output.item(), 1.0
+        if number != 1 and call.narrows(source) and math.isfinite(number):
+            # What has been rounded would be rounded twice if it were scaled; and a half may be 0 by
+            # now that is none when it is scaled first.
+            gradient, first = None, number
+        if gradient is None:
+            gradient = call.run(source, factors, GRADIENT, first)[1]
+        if number != first:
+            scale_(gradient, number)
         return gradient if call.axis == -1 else call.with_axis(gradient), None, None
 
 

@@ -23,7 +23,8 @@ with a weight (V, D) is ``csr_matmul``; that of the transpose with x (n, D) is a
 ``bf16_logits_``, ``bf16_times`` and ``bf16_outer_`` are products of bfloat16 features (n, D) and
 weight (V, D) with float32 logits and their gradients (n, V), where a machine has instructions for
 them (``has_bf16_products``): x W^T + bias, g W, and g^T x set or added. The last two take g rounded
-to bfloat16; what that loses of large entries is ``bf16_errors``, a sparse gradient as above.
+to bfloat16; what that loses of large entries is ``bf16_errors``, a sparse gradient as above, with
+the entries as they are rounded, and for each row the sums of what is taken and lost of the others.
 
 Targets are int64 (*rows), or probabilities (*rows, V). ``weight`` (V,), ``sample_weight`` (*rows)
 and ``grad_output`` (*rows), or 0-d for all rows, have the computing dtype, which is float64 if
@@ -123,7 +124,10 @@ library.define("has_bf16_products() -> bool")
 library.define("bf16_logits_(Tensor(a!) logits, Tensor x, Tensor weight, Tensor? bias) -> ()")
 library.define("bf16_times(Tensor gradient, Tensor weight) -> Tensor")
 library.define("bf16_outer_(Tensor(a!) dweight, Tensor gradient, Tensor x, bool add) -> ()")
-library.define("bf16_errors(Tensor gradient) -> (Tensor start, Tensor column, Tensor value)")
+library.define(
+    "bf16_errors(Tensor gradient)"
+    " -> (Tensor start, Tensor column, Tensor value, Tensor rounded, Tensor small)"
+)
 
 
 @torch.library.register_fake("crossent::forward", lib=library)
@@ -208,11 +212,16 @@ def _empty_cache() -> int:
 
 
 @torch.library.register_fake("crossent::sparsify", lib=library)
-@torch.library.register_fake("crossent::bf16_errors", lib=library)
 def _sparsify(gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     left = torch.library.get_ctx().new_dynamic_size()
     start = gradient.new_empty(gradient.shape[0] + 1, dtype=torch.int64)
     return start, gradient.new_empty(left, dtype=torch.int32), gradient.new_empty(left)
+
+
+@torch.library.register_fake("crossent::bf16_errors", lib=library)
+def _bf16_errors(gradient: Tensor) -> tuple[Tensor, ...]:
+    start, column, value = _sparsify(gradient)
+    return start, column, value, torch.empty_like(value), gradient.new_empty(len(gradient), 2)
 
 
 @torch.library.register_fake("crossent::csr_matmul", lib=library)

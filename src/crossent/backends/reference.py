@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..problem.rows import BY_ROW
+from ..problem.torch_internals import followed
 from .derivatives import RowMap, by_blocks, rows_at_once
 from .numerics import RowSummary, expected_nll, nll, row_entropy, soft_cap, summarise, times
 from .results import FILL_VALUES, Rows, Stats
@@ -172,10 +173,18 @@ def map_logits(logits: Logits, read: Tensor | None = None) -> Tensor:
         z = torch.where(read.unsqueeze(-1), z, 0.0)
     scale = options.logit_scale
     if isinstance(scale, Tensor):
-        z = z * scale.to(z).reshape(())
+        z = _scaled(z, scale.to(z).reshape(()))
     elif scale != 1.0:
         z = z * scale
     return z if options.softcap is None else soft_cap(z, options.softcap)
+
+
+def _scaled(z: Tensor, scale: Tensor) -> Tensor:
+    """z times a scale that may be learned: a class that is masked has no share in its slope."""
+    if not scale.requires_grad and not followed():
+        return z * scale
+    masked = z.isneginf()
+    return torch.where(masked, z.detach() * scale.detach(), z.masked_fill(masked, 0) * scale)
 
 
 def _classes(problem: Problem, valid: Tensor) -> Tensor:

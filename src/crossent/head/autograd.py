@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends.derivatives import RowMap, by_blocks, scale_
 from ..backends.numerics import ordered_sum
-from ..problem.torch_internals import plain, saved_tensors_hooked
+from ..problem.torch_internals import plain, savable, saved_tensors_hooked
 from .chunk_plan import Plan
 from .chunked import Gradients, PassResult, budget, chunked_pass
 from .linear_head import Head
@@ -48,7 +48,7 @@ class Fused(torch.autograd.Function):
         ctx.plan, ctx.uniform, ctx.function = plan, uniform, function.bare()
         outputs, gradients = _made(ctx, head, function, ready)
         ctx.ready = gradients if ready else None
-        ctx.save_for_backward(*head, *function.factors())
+        ctx.save_for_backward(*head, *map(savable, function.factors()))
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return (ordered_sum(outputs[0]), *outputs[1:]) if uniform else outputs

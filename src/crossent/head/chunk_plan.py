@@ -79,7 +79,7 @@ def plan(
 
 
 def scratch(features: int, classes: int, itemsize: int, least: int = BUDGET) -> int:
-    """Bytes of scratch memory beside a weight: ``least``, or a quarter of it in this dtype.
+    """Bytes of scratch memory beside a weight: ``least``, or a quarter of it.
 
     A large weight is read, and its gradient added to, once a chunk: it wants long chunks.
 

@@ -192,7 +192,7 @@ def plan_for(head: Head, chunk_rows: int | None) -> Plan:
 def budget(head: Head) -> int:
     """Bytes of scratch memory: what the weight allows, more where a GPU has much that is free."""
     classes, features = head.weight.shape
-    least = scratch(features, classes, head.dtype.itemsize, BUDGET)
+    least = scratch(features, classes, head.weight.dtype.itemsize, BUDGET)
     device = head.input.device
     if device.type != "cuda" or torch.compiler.is_compiling():
         return least

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.eligibility import needs_operations, needs_reference
-from ..problem.torch_internals import plain
+from ..problem.torch_internals import plain, savable
 from .autograd import as_given, pulled
 from .chunked import chunked_pass, plan_for
 from .dispatch import compute_rows
@@ -93,7 +93,7 @@ class _Spread(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies; ``total`` is minus the sum of the former."""
         ctx.function, ctx.guess = function.bare(), guess
-        ctx.save_for_backward(input, weight, bias, *function.factors())
+        ctx.save_for_backward(input, weight, bias, *map(savable, function.factors()))
         ctx.set_materialize_grads(False)
         return log_prob.clone(), entropy.clone()
 

@@ -7,7 +7,7 @@ precision in blocks of classes. ``Halves`` takes bfloat16 as it is, where a CPU 
 its products; sums are float32 all the same. The logits' gradient g is float32, and the instructions
 take it rounded to bfloat16. What that loses of a row's large entries, above 2^-8 of the sum of all
 sizes, is added as a sparse gradient. What is lost of the others has a norm of 2^-12 of that sum at
-most, for each is off by 2^-8 of itself, and below 2^-8 of the sum.
+most, for each is off by 2^-8 of itself, and below 2^-8 of the sum; in dx their sum is right, too.
 """
 
 from __future__ import annotations
@@ -107,18 +107,34 @@ class Halves:
         self, gradient: Tensor, x: Tensor, wanted: bool, dweight: Tensor | None, first: bool
     ) -> Tensor | None:
         """The gradient of features, and that of the weight added."""
-        ops, weight, dx = torch.ops.crossent, self.head.weight, None
-        errors = CSRRows(*ops.bf16_errors(gradient))  # of the rounding of g; for both
-        some = errors.value.numel() > 0
+        start, column, value, rounded, small = torch.ops.crossent.bf16_errors(gradient)
+        errors, some = CSRRows(start, column, value), value.numel() > 0
+        dx = None
         if wanted:
-            dx = ops.bf16_times(gradient, weight)
-            if some:
-                dx += errors.times(weight)
+            large = CSRRows(start, column, rounded) if some else None
+            dx = self._times(gradient, errors, large, small)
         if dweight is not None:
-            ops.bf16_outer_(dweight, gradient, x, not first)
+            torch.ops.crossent.bf16_outer_(dweight, gradient, x, not first)
             if some:
                 errors.add_outer(dweight, x.float())
         return dx
+
+    def _times(
+        self, gradient: Tensor, errors: CSRRows, large: CSRRows | None, small: Tensor
+    ) -> Tensor:
+        """g W, with the errors of large entries, and with those of small ones on the average.
+
+        Many probabilities that are alike are rounded alike, and what all of these classes' weights
+        have in common would be off by as much: the part of the small entries grows by what they
+        have lost together. Where they are of both signs, and cancel, it is left as it is.
+        """
+        weight = self.head.weight
+        dx: Tensor = torch.ops.crossent.bf16_times(gradient, weight)
+        taken, lost = small.unbind(1)
+        share = torch.where(lost.abs() <= taken.abs() * 2**-8, lost / taken, 0).nan_to_num_(0)
+        of_small = dx if large is None else dx - large.times(weight)
+        dx = torch.addcmul(dx, share.unsqueeze(1), of_small)
+        return dx if large is None else dx.add_(errors.times(weight))
 
 
 def add_outer(dweight: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:

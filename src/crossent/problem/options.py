@@ -15,11 +15,11 @@ from .torch_internals import readable
 Reduction = Literal["none", "sum", "mean"]
 Empty = Literal["nan", "zero", "raise"]
 GradientMode = Literal["bounded", "unbiased"]
-Backend = Literal["auto", "reference", "cpu", "triton"]
+Backend = Literal["auto", "reference", "lean", "cpu", "triton"]
 
 REDUCTIONS = ("none", "sum", "mean")
 EMPTIES = ("nan", "zero", "raise")
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "lean", "cpu", "triton")
 
 
 class Options(NamedTuple):

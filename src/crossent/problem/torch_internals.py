@@ -212,6 +212,11 @@ def without_memory(kind: type[_T], like: Tensor, dtype: torch.dtype, device: tor
     return tensor
 
 
+def savable(tensor: Tensor | None) -> Tensor | None:
+    """What autograd can keep for backward: tensors that were made in inference mode, it cannot."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor has been edited in place; 0 where nobody counts."""
     return 0 if tensor.is_inference() else tensor._version
