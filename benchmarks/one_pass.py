@@ -46,11 +46,11 @@ SHAPES = (
 
 
 def step(loss: functools.partial[Tensor], z: Tensor, t: Tensor, fresh: bool = False) -> None:
-    """Training: the gradient is made, dropped, and with ``fresh`` its pages given back."""
-    loss(z, t).backward()
-    z.grad = None
+    """Training: the gradient is made and dropped; with ``fresh``, in pages that are new."""
     if fresh:
         crossent.empty_cache()
+    loss(z, t).backward()
+    z.grad = None
 
 
 def measure(shape: Shape) -> dict[str, Timing]:

@@ -59,7 +59,7 @@ CROSSENT_INLINE T block_max(const T* z, int n, bool* nonfinite) {
 // Sum of exp(z - m) over the elements below m, how many equal m, and if kMoment also the sum of
 // exp(z - m) (m - z). m is finite and at least every element; -inf adds nothing; nan makes nan.
 // kFar: abs(m) > Exp::kFar. kTies: some element may equal m. Error of the sums, whatever their
-// terms and their number: those of the terms (exp: 2 ulp), and twice half an ulp from adding four
+// terms and their number: those of the terms (exp: 3 ulp), and twice half an ulp from adding four
 // at a time; nothing more where four are equal. The terms, kScale times too large, go to `terms`
 // where it is not null, those of the maximum among them.
 template <class T>

@@ -194,7 +194,7 @@ CROSSENT_INLINE V<T> difference(V<T> z, V<T> m) {
 // Where exp(z - m) is measured from: a finite m, prepared once for many z.
 //
 // exp gives kScale exp(z - m) for z <= m: less than any float where z <= m + kLow, nan for nan.
-// Error < 2 ulp however large the gap, where the rounding of z - m alone would cost 32 ulp at a gap
+// Error < 3 ulp however large the gap, where the rounding of z - m alone would cost 32 ulp at a gap
 // of 80: that error is known exactly (Knuth's two-sum) and goes into the reduced argument. kFar
 // says that abs(m) > Exp::kFar, up to the largest float: then there is no such error, but m + kLow
 // may be no other number than m. gap gives m - z, but at most -kLow.
