@@ -80,6 +80,12 @@ ignored. The sums of rows of rounded half-precision gradients are shown, but hel
   quarters, in float32, until 512 numbers are left.
 - The lean backend subtracts whole numbers c such that z - c is exact, and divides exp(m - c) out of
   the sum: the same logits with another offset may differ in the last place.
+- A bfloat16 head on a CPU with AVX512-BF16 takes the logits' gradient rounded to bfloat16 into its
+  two backward products. The errors of a row's large entries are carried one by one, and of the
+  small ones, in the features' gradient, their sum; sums are float32. What is left is below the
+  rounding of the result in norm, not in every entry: one of the weight's gradient may be off by
+  two roundings (`tests/head/test_product_precision.py`; `CROSSENT_ISA=avx512` takes the products
+  in float32).
 
 Source: Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions",
 IMA J. Numer. Anal. 41 (2021).
