@@ -19,7 +19,7 @@ from ..problem.torch_internals import (
 from . import ops as ops  # the schemas must stand before the kernels are loaded
 from .derivatives import by_blocks
 from .eligibility import needs_reference
-from .ops import KernelOptions
+from .ops import KernelOptions, kernel_weights
 from .reference import row_map
 from .results import Rows, Stats
 
@@ -139,22 +139,18 @@ def derivative_wanted(problem: Problem) -> bool:
     return torch.is_grad_enabled() and problem.logits.source.requires_grad
 
 
-def kernel_factors(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Target, class weights and sample weights as kernels take them."""
+def factors_of(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Target, class weights and sample weights of a problem, as operators take them."""
     dtype = problem.logits.dtype
-    weight, sample_weight = problem.weight, problem.sample_weight
-    return (
-        problem.target,
-        None if weight is None else weight.to(dtype).contiguous(),
-        None if sample_weight is None else sample_weight.to(dtype),
-    )
+    weight, sample_weight = kernel_weights(problem.weight, problem.sample_weight, dtype)
+    return problem.target, weight, sample_weight
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     """The arguments of ``crossent::forward`` but for the last."""
     compute_in_float64 = problem.logits.dtype == torch.float64
     options = KernelOptions.of(problem.options)
-    return (problem.logits.rows, *kernel_factors(problem), compute_in_float64, *options)
+    return (problem.logits.rows, *factors_of(problem), compute_in_float64, *options)
 
 
 class _FusedRows(torch.autograd.Function):

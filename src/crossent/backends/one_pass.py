@@ -146,7 +146,7 @@ def _needs_no_preparation(input: Tensor, target: Tensor) -> bool:
 def loss(problem: Problem, denominator: float | Tensor | None) -> tuple[Tensor, Stats | None]:
     """The reduced loss of a problem, and statistics where they are wanted."""
     call = Call.of(problem, denominator)
-    source, factors = problem.logits.source, cpu.kernel_factors(problem)
+    source, factors = problem.logits.source, cpu.factors_of(problem)
     if not cpu.derivative_wanted(problem):
         loss, _, _, *stats = call.looked_at(source, factors, NOTHING)
     else:

@@ -78,6 +78,16 @@ class KernelOptions(NamedTuple):
         return Options(**{**self._asdict(), "softcap": self.softcap or None}, dim=-1, **others)
 
 
+def kernel_weights(
+    weight: Tensor | None, sample_weight: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of classes and samples as operators take them: the former lie next to each other."""
+    return (
+        None if weight is None else weight.to(dtype).contiguous(),
+        None if sample_weight is None else sample_weight.to(dtype),
+    )
+
+
 OPTIONS = ", ".join(
     f"{kind.__name__} {name}" for name, kind in get_type_hints(KernelOptions).items()
 )

@@ -17,7 +17,7 @@ from ..problem.rows import Logits, Problem, Selection
 from . import reference
 from . import row_ops as row_ops  # the schemas
 from .derivatives import MaybeTensors, RowMap
-from .ops import KernelOptions
+from .ops import KernelOptions, kernel_weights
 
 Wanted = tuple[bool, bool]  # which gradients: of the logits, of the logit scale
 
@@ -146,11 +146,7 @@ class LossCall(NamedTuple):
         """Target, class weight, sample weight, as the operators take them."""
         target, sample_weight, weight = factors
         dtype = self.problem.logits.dtype
-        return (
-            target,
-            None if weight is None else weight.to(dtype).contiguous(),
-            None if sample_weight is None else sample_weight.to(dtype),
-        )
+        return target, *kernel_weights(weight, sample_weight, dtype)
 
 
 def _maps(logits: Logits) -> tuple[Any, ...]:
